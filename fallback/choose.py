@@ -1,0 +1,182 @@
+"""The ladder, fastest rung first, and why this machine stands on the rung it stands on.
+
+Importing this module imports no torch: a backend has to be chosen before any library it patches is loaded.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from fallback.gpu import Gpu, read_gpu
+
+BackendName = Literal["unsloth", "peft"]
+BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft")
+_MODULES = {"unsloth": "fallback.with_unsloth", "peft": "fallback.plain_peft"}
+_CACHE = Path(__file__).parents[1] / ".cache" / "probes"
+
+
+class CannotRun(Exception):
+    """The backend that was asked for cannot run here; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run is computed with, and why."""
+
+    backend: BackendName
+    device: Literal["cuda", "cpu"]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    attention: Literal["sdpa", "eager"]
+    quantization: Literal["4bit", "8bit", "none"]
+    optimizer: str
+    triton: bool
+    """False: no Triton kernel may run, in the loss or anywhere else."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Decision -> why."""
+
+    def module(self) -> ModuleType:
+        """The backend, to be asked for before torch is imported."""
+        if self.device == "cpu":
+            # torch's OpenMP threads wait for each other by spinning; as soon as another process wants a core, that
+            # made a step 20 times slower here. Waiting passively costs nothing on a quiet machine.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        return importlib.import_module(_MODULES[self.backend])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose(
+    model_type: str,
+    requested: Literal["auto", "unsloth", "peft"] = "auto",
+    quantization: Literal["4bit", "8bit", "none"] = "none",
+    optimizer: str = "adamw_torch",
+    gpu: Gpu | None | Literal["read"] = "read",
+) -> Choice:
+    """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run."""
+    if gpu == "read":
+        gpu = read_gpu()
+    reasons: dict[str, str] = {}
+    obstacle = None if requested == "peft" else why_not_unsloth(gpu)
+    if requested == "unsloth" and obstacle:
+        raise CannotRun(
+            f"--backend unsloth cannot run here: {obstacle}. Use --backend peft, or auto to let it step down"
+        )
+    if requested != "auto":
+        backend: BackendName = requested
+        reasons["backend"] = f"--backend {requested}"
+    elif obstacle:
+        backend, reasons["backend"] = "peft", f"not Unsloth: {obstacle}"
+    else:
+        backend, reasons["backend"] = "unsloth", "Unsloth imports and runs here"
+
+    if gpu is None:
+        device: Literal["cuda", "cpu"] = "cpu"
+        reasons["device"] = "no usable NVIDIA GPU"
+    else:
+        device = "cuda"
+        reasons["device"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+
+    dtype, reasons["dtype"] = _dtype(gpu, model_type)
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    reasons["attention"] = "torch's fused attention runs everywhere"
+    if model_type == "gemma2":
+        attention = "eager"
+        reasons["attention"] = "Gemma 2 caps its attention scores, which torch's fused attention cannot"
+
+    if quantization == "8bit" and device == "cpu":
+        quantization = "none"
+        reasons["quantization"] = "bitsandbytes' 8-bit layers train on GPUs only, so the weights stay at 16 bits"
+    elif quantization != "none" and gpu is not None and gpu.capability < (6, 0):
+        quantization = "none"
+        reasons["quantization"] = (
+            "bitsandbytes has no kernels below compute capability 6.0, so the weights stay unquantised"
+        )
+    else:
+        reasons["quantization"] = "as the recipe asks"
+
+    if device == "cpu" and optimizer != "adamw_torch":
+        reasons["optimizer"] = f"{optimizer} pages between GPU and host memory; on a CPU that is plain AdamW"
+        optimizer = "adamw_torch"
+    elif optimizer != "adamw_torch" and gpu is not None and gpu.capability < (6, 0):
+        reasons["optimizer"] = "bitsandbytes has no kernels below compute capability 6.0"
+        optimizer = "adamw_torch"
+    else:
+        reasons["optimizer"] = "as the recipe asks"
+
+    triton = gpu is not None and gpu.triton and importlib.util.find_spec("triton") is not None
+    reasons["loss"] = (
+        "fused LM head in Triton"
+        if triton
+        else "fused LM head in plain torch, since Triton "
+        + ("needs a GPU" if gpu is None else "needs compute capability 7.0" if not gpu.triton else "is not installed")
+    )
+    return Choice(backend, device, dtype, attention, quantization, optimizer, triton, reasons)
+
+
+def _dtype(gpu: Gpu | None, model_type: str) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
+    if gpu is None:
+        # Emulated bfloat16 would be slower than float32, and these models are small.
+        return "float32", "CPUs compute float32 at full speed, and it is the most exact"
+    if gpu.bf16:
+        return "bfloat16", "in hardware from compute capability 8.0"
+    if model_type.startswith("gemma"):
+        return "float32", "Gemma's activations overflow float16, and this card has no bfloat16 in hardware"
+    if gpu.capability >= (7, 0):
+        return "float16", "no bfloat16 in hardware below compute capability 8.0; float16 with loss scaling"
+    return "float32", "below compute capability 7.0 float16 is slow or inexact"
+
+
+def why_not_unsloth(gpu: Gpu | None) -> str | None:
+    """The obstacle between this machine and Unsloth, or None. Imports nothing here: Unsloth patches transformers,
+    trl and peft when imported, so it is tried in a process of its own, once for each set of versions."""
+    if importlib.util.find_spec("unsloth") is None:
+        return "it is not installed (pip install unsloth)"
+    if gpu is not None and not gpu.triton:
+        return (
+            f"its Triton kernels need compute capability 7.0, and {gpu.name} has "
+            f"{gpu.capability[0]}.{gpu.capability[1]}"
+        )
+    if gpu is None and os.environ.get("UNSLOTH_DISABLE_CPU_FALLBACK") == "1":
+        return "there is no GPU and UNSLOTH_DISABLE_CPU_FALLBACK=1 forbids it the CPU"
+    return _probe()
+
+
+def _probe() -> str | None:
+    names = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "triton")
+    versions = {name: metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    gpu = read_gpu()
+    key = json.dumps([sys.executable, platform.python_version(), versions, asdict(gpu) if gpu else None])
+    known = _CACHE / f"unsloth-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if known.is_file():
+        return json.loads(known.read_text(encoding="utf-8"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "import unsloth; from trl import SFTTrainer"],
+            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        obstacle = None if done.returncode == 0 else f"it does not import: {lines[-1] if lines else 'it was killed'}"
+    except subprocess.TimeoutExpired:
+        return "it did not import within five minutes"
+    if obstacle is None:
+        # Only success is remembered: what hinders an import may be mended without any version changing.
+        known.parent.mkdir(parents=True, exist_ok=True)
+        beside = known.with_suffix(f".{os.getpid()}")
+        beside.write_text("null", encoding="utf-8")
+        beside.replace(known)
+    return obstacle
+
+
+def with_reason(choice: Choice, decision: str, reason: str, **changes: Any) -> Choice:
+    return replace(choice, reasons={**choice.reasons, decision: reason}, **changes)

@@ -1,0 +1,107 @@
+"""Korean civil-law questions and answers. Llama 3.2 1B, QLoRA; not legal advice.
+
+    python -m recipes.llama_1b_civil                              everything, on the recipe's own sample
+    python -m recipes.llama_1b_civil train --source qa.csv --preset quality
+    python -m recipes.llama_1b_civil train --size full --model meta-llama/Llama-3.2-1B-Instruct
+
+The file: CSV with the columns question, answer, category and difficulty.
+The base model gets a plain question and answer; an instruction model, whose tokenizer brings a chat template,
+gets a conversation with a system text by category.
+Base model: meta-llama/Llama-3.2-1B, under the Llama 3.2 Community License (https://www.llama.com/llama3_2/license).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.stages.answers import score_answers
+from recipes.stages.cli import main
+from recipes.stages.read import fold, read_csv
+from recipes.stages.recipe import (
+    BaseModel,
+    Example,
+    Message,
+    NoOptions,
+    Reading,
+    Recipe,
+    Row,
+    Sampling,
+    Settings,
+    Split,
+)
+
+COLUMNS = ("question", "answer", "category", "difficulty")
+SYSTEM = {
+    "전세사기": "당신은 전세사기 예방과 피해 구제를 설명하는 한국 민법 도우미입니다. 정확하고 알기 쉽게 답하세요.",
+    "부동산물권": "당신은 부동산 물권을 설명하는 한국 민법 도우미입니다. 정확하고 알기 쉽게 답하세요.",
+}
+GENERAL = "당신은 한국 민법을 설명하는 도우미입니다. 정확하고 알기 쉽게 답하세요."
+# For the base model, which has no template of its own.
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}### 질문:\n{{ m.content }}\n\n"
+    "{% else %}### 답변:\n{{ m.content }}{{ eos_token }}{% if not loop.last %}\n\n{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}### 답변:\n{% endif %}"
+)
+
+
+def read(source: Path, options: NoOptions, reading: Reading) -> Iterator[Row]:
+    for line, cells in read_csv(source, COLUMNS, reading, older=("cp949",)):
+        row = {column: fold(cells[column]) for column in COLUMNS}
+        if not row["question"] or not row["answer"]:
+            reading.drop("empty text", line)
+        else:
+            yield row
+
+
+def to_example(row: Row) -> Example:
+    return Example((*ask(row["question"], row["category"]), Message("assistant", row["answer"])))
+
+
+def ask(question: str, category: str = "") -> tuple[Message, ...]:
+    return (Message("system", SYSTEM.get(category, GENERAL)), Message("user", question))
+
+
+RECIPE = Recipe(
+    name="llama_1b_civil",
+    title="Korean civil-law questions",
+    base=BaseModel("meta-llama/Llama-3.2-1B", "llama-3.2-1b"),
+    plain_template=PLAIN,
+    settings=Settings(
+        epochs=4,
+        learning_rate=1e-4,
+        batch_size=2,
+        accumulation=4,
+        max_length=2048,
+        optimizer="paged_adamw_8bit",
+        quantization="4bit",
+        lora_rank=32,
+        lora_alpha=64,
+        lora_dropout=0.1,
+        neftune_alpha=5,
+    ),
+    presets={
+        "fast": {"epochs": 2, "learning_rate": 2e-4, "batch_size": 4},
+        "balanced": {"epochs": 4, "learning_rate": 1e-4, "batch_size": 2},
+        "quality": {"epochs": 6, "learning_rate": 5e-5, "batch_size": 1},
+        "memory_efficient": {
+            "epochs": 3,
+            "learning_rate": 1e-4,
+            "batch_size": 1,
+            "checkpointing": True,
+            "optimizer": "adamw_8bit",
+        },
+    },
+    miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "epochs": 10, "checkpointing": False},
+    split=Split(validation=0.1, test=0.1, by="category"),
+    sample="civil.csv",
+    read=read,
+    to_example=to_example,
+    ask=ask,
+    score=score_answers,
+    sampling=Sampling(temperature=0.3, top_p=0.9, max_new_tokens=256),
+    notice="(이 답변은 법률 자문이 아닙니다. 구체적인 사안은 변호사나 대한법률구조공단에 확인하세요.)",
+)
+
+if __name__ == "__main__":
+    main(RECIPE)

@@ -1,0 +1,85 @@
+"""What the user sees, and what is held back from them.
+
+The libraries announce themselves, warn and count on the same two streams that errors come from. Their output
+goes to a file in the run's logs/; ours goes to the terminal through a descriptor of its own.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_own_stdout: Any = None
+
+
+def _stdout() -> Any:
+    """Where we write: the standard output this process began with, even while it is redirected."""
+    return _own_stdout or sys.stdout
+
+
+def console() -> Console:
+    return Console(file=_stdout(), highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """To the user, as it is: file names and data may hold brackets that a markup would eat."""
+    file = _stdout()
+    file.write(text)
+    file.flush()
+
+
+def say(text: str = "") -> None:
+    write(text + "\n")
+
+
+@contextmanager
+def held_back(log: Path) -> Iterator[None]:
+    """Send whatever anybody but us prints to a log file, on the level of file descriptors: some of it is C++."""
+    global _own_stdout
+    if _own_stdout is not None:
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    _own_stdout = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _own_stdout.close()
+        _own_stdout = None
+        for descriptor, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        logging.lastResort = logging.StreamHandler(sys.stderr)
+
+
+def progress(what: str, unit: str = "") -> Progress:
+    """A bar with the time left; nothing where the output is no terminal."""
+    own = console()
+    return Progress(
+        TextColumn(f"{what}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=own,
+        transient=True,
+        disable=not own.is_terminal,
+    )

@@ -1,0 +1,179 @@
+"""Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from recipes.stages.recipe import Message, Sampling
+from recipes.stages.train import Model
+
+# A character may be spread over several tokens; until the last has come it decodes to this.
+_INCOMPLETE = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    stopped: bool
+    """By itself, at an end token or stop string; False: at the length limit."""
+    tokens: int
+
+
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there was one."""
+    found = [at for at in (text.find(phrase) for phrase in stop) if at >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+class StopAt(StoppingCriteria):
+    """Ends each row by its own text: a stop string is found however the tokenizer cut it."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int):
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+        # A token spells at least one byte, a Hangul syllable is three.
+        self.reach = max(len(phrase.encode()) for phrase in stop) + 8
+        self.done: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if self.done is None:
+            self.done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        tails = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.reach) :]
+        for row in (~self.done).nonzero().flatten().tolist():
+            text = self.tokenizer.decode(tails[row], skip_special_tokens=True)
+            self.done[row] = before_stop(text, self.stop)[1]
+        return self.done
+
+
+class Pieces(BaseStreamer):
+    """Hands on text as soon as it is certain: never half a syllable, never the beginning of a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], emit: Callable[[str], None]):
+        self.tokenizer, self.stop, self.emit = tokenizer, stop, emit
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:
+            self.prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        text, stopped = before_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stop)
+        self._show(text if stopped else text[: len(text) - self._uncertain(text)])
+
+    def end(self) -> None:
+        text, _ = before_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stop)
+        self._show(text.rstrip())
+
+    def _uncertain(self, text: str) -> int:
+        """Characters at the end that a later token may still change or take back."""
+        if text.endswith(_INCOMPLETE):
+            return len(text) - len(text.rstrip(_INCOMPLETE))
+        blank = len(text) - len(text.rstrip())
+        for phrase in self.stop:
+            for length in range(min(len(phrase), len(text)), 0, -1):
+                if text.endswith(phrase[:length]):
+                    before = text[: len(text) - length]
+                    return len(text) - len(before.rstrip())
+        return blank
+
+    def _show(self, text: str) -> None:
+        if self.shown == 0:
+            text = text.lstrip() if not text.strip() else text
+        if len(text) > self.shown:
+            self.emit(text[self.shown :])
+            self.shown = len(text)
+
+
+def end_ids(model: Model) -> list[int]:
+    """Every token after which there is nothing more to say: the model's own, and the end marker of its template."""
+    configured = model.network.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured]) - {None}
+    ids.add(model.tokenizer.eos_token_id)
+    ids.add(model.renderer.end_marker_id)
+    return sorted(ids)
+
+
+def configuration(model: Model, sampling: Sampling) -> GenerationConfig:
+    drawn: dict[str, Any] = (
+        dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+        if sampling.temperature > 0
+        else dict(do_sample=False)
+    )
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=end_ids(model),
+        pad_token_id=model.tokenizer.pad_token_id,
+        use_cache=True,
+        **drawn,
+    )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    max_length: int | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Answers in the order of the prompts. Computed in batches of like length, so that little is padding."""
+    encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    answers: list[Answer | None] = [None] * len(encoded)
+    for start in range(0, len(order), sampling.batch_size):
+        batch = order[start : start + sampling.batch_size]
+        for index, answer in zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop), strict=True):
+            answers[index] = answer
+        done(len(batch))
+    return [answer for answer in answers if answer is not None]
+
+
+def stream(
+    model: Model,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    emit: Callable[[str], None],
+    stop: Sequence[str] = (),
+    max_length: int | None = None,
+) -> Answer:
+    """One answer, shown while it is made."""
+    streamer = Pieces(model.tokenizer, stop, emit)
+    return _answer(model, [model.renderer.prompt(messages, max_length)], sampling, stop, streamer)[0]
+
+
+def _answer(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: Sequence[str],
+    streamer: BaseStreamer | None = None,
+) -> list[Answer]:
+    tokenizer = model.tokenizer
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    device = model.network.device
+    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    criteria = StoppingCriteriaList([StopAt(tokenizer, stop, width)] if stop else [])
+    with torch.inference_mode():
+        output = model.network.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=configuration(model, sampling),
+            stopping_criteria=criteria,
+            streamer=streamer,
+        )
+    ends = set(end_ids(model))
+    answers = []
+    for row in output[:, width:].tolist():
+        cut = next((i for i, token in enumerate(row) if token in ends), None)
+        kept = row if cut is None else row[:cut]
+        kept = [token for token in kept if token != pad]
+        text, at_stop = before_stop(tokenizer.decode(kept, skip_special_tokens=True), stop)
+        answers.append(Answer(text.strip(), cut is not None or at_stop, len(kept)))
+    return answers

@@ -1,0 +1,146 @@
+"""Rows -> cleaned, split -> data/."""
+
+import csv
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from recipes.stages.console import say
+from recipes.stages.recipe import Example, Reading, Recipe, Row, Split, UserError
+from recipes.stages.run import Run, new_run, write_json, writing
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+CACHE = Path(__file__).parents[2] / ".cache" / "samples"
+SPLITS = ("train", "val", "test")
+
+
+def sample_file(recipe: Recipe) -> Path:
+    """The recipe's own small data; generated ones are written once."""
+    if isinstance(recipe.sample, str):
+        return SAMPLES / recipe.sample
+    path = CACHE / f"{recipe.name}.csv"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recipe.sample(path)
+    return path
+
+
+def read_rows(recipe: Recipe, source: Path, options: Any) -> tuple[list[Row], Reading]:
+    reading = Reading(source)
+    rows = list(recipe.read(source, options, reading))
+    reading.kept = len(rows)
+    if not rows:
+        reasons = ", ".join(f"{reason}: {len(lines)}" for reason, lines in reading.dropped.items())
+        raise UserError(f"{source}: no usable rows ({reasons or 'the file has none'})")
+    return rows, reading
+
+
+def sample_examples(recipe: Recipe) -> list[Example]:
+    rows, _ = read_rows(recipe, sample_file(recipe), recipe.options)
+    return [recipe.to_example(row) for row in rows]
+
+
+@cache
+def sample_texts(recipe: Recipe) -> list[str]:
+    """What a tokenizer for this recipe has to spell."""
+    return list(dict.fromkeys(m.content for example in sample_examples(recipe) for m in example.messages))
+
+
+def split_rows(rows: Sequence[Row], split: Split, seed: int) -> dict[str, list[Row]]:
+    """Rows by split, in their original order. Every value of split.by has its share in every split, and at least
+    one row in training."""
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row[split.by] if split.by else None, []).append(index)
+    belongs = ["train"] * len(rows)
+    for value, members in groups.items():
+        generator = random.Random(f"{seed} {value}")
+        if split.assigned:
+            held_out = [i for i in members if rows[i][split.assigned] != "train"]
+            validation = len(held_out) // 2
+            test = len(held_out) - validation
+        else:
+            held_out = members
+            validation, test = round(len(members) * split.validation), round(len(members) * split.test)
+            while validation + test >= len(members):
+                validation, test = (validation - 1, test) if validation >= test else (validation, test - 1)
+        drawn = generator.sample(held_out, validation + test)
+        for index in drawn[:validation]:
+            belongs[index] = "val"
+        for index in drawn[validation:]:
+            belongs[index] = "test"
+    parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for row, name in zip(rows, belongs, strict=True):
+        parts[name].append(row)
+    return parts
+
+
+def write_split(folder: Path, name: str, rows: Sequence[Row]) -> None:
+    """The same rows twice: JSONL is what later stages read, CSV is for people and spreadsheets."""
+    with writing(folder / f"{name}.jsonl") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with writing(folder / f"{name}.csv", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        columns = list(rows[0]) if rows else []
+        table.writerow(columns)
+        for row in rows:
+            table.writerow(
+                [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in map(row.get, columns)]
+            )
+
+
+def prepare(recipe: Recipe, source: Path | None, options: Any, seed: int, path: Path | None = None) -> Run:
+    """Read, clean and split a source file into a run's data/. Nothing is written before everything is read."""
+    file = source or sample_file(recipe)
+    rows, reading = read_rows(recipe, file, options)
+    parts = split_rows(rows, recipe.split, seed)
+    empty = [name for name, part in parts.items() if not part]
+    if empty:
+        raise UserError(
+            f"{file}: {len(rows)} usable rows leave nothing for the {' and '.join(empty)} split; more rows are needed"
+        )
+    run = new_run(recipe, path)
+    beside = run.path / ".data.making"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name, part in parts.items():
+        write_split(beside, name, part)
+    metadata = {
+        "recipe": recipe.name,
+        "source": str(file),
+        "sample": source is None,
+        "seed": seed,
+        **reading.notes,
+        "rows": len(rows),
+        "dropped": {
+            reason: {"rows": len(lines), "first_lines": lines[:20]} for reason, lines in reading.dropped.items()
+        },
+        "splits": {
+            name: {
+                "rows": len(part),
+                **({recipe.split.by: dict(Counter(row[recipe.split.by] for row in part).most_common())}
+                   if recipe.split.by else {}),
+            }
+            for name, part in parts.items()
+        },
+    }  # fmt: skip
+    write_json(beside / "metadata.json", metadata)
+    shutil.rmtree(run.data, ignore_errors=True)
+    beside.replace(run.data)
+    tell(run, metadata)
+    return run
+
+
+def tell(run: Run, metadata: dict[str, Any]) -> None:
+    sizes = ", ".join(f"{name} {part['rows']:,}" for name, part in metadata["splits"].items())
+    what = "the recipe's own sample" if metadata["sample"] else metadata["source"]
+    say(f"data: {metadata['rows']:,} rows from {what} -> {run.data} ({sizes})")
+    for reason, rows in metadata["dropped"].items():
+        lines = ", ".join(map(str, rows["first_lines"][:5])) + (" …" if rows["rows"] > 5 else "")
+        say(f"  dropped {rows['rows']:,}: {reason} (line {lines})")

@@ -1,0 +1,112 @@
+"""Source files -> raw rows. Finds out what a file is before it is believed, and says what is wrong with it."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.stages.recipe import Reading, UserError
+
+# A cell may be as long as memory allows; the module's own limit is 128 KiB.
+csv.field_size_limit(sys.maxsize)
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_SPACE = re.compile(r"\s+")
+
+
+def fold(text: str) -> str:
+    """Every run of white space becomes one space."""
+    return _SPACE.sub(" ", text).strip()
+
+
+def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
+    """UTF-8 where the whole file is valid UTF-8, else what its byte order mark says, else the first older encoding
+    that decodes it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name yours with --source FILE") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --source wants a readable file") from None
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    for encoding in ("utf-8-sig", *older):
+        try:
+            with path.open(encoding=encoding, errors="strict") as file:
+                while file.read(1 << 20):
+                    pass
+        except UnicodeDecodeError:
+            continue
+        return encoding
+    raise UserError(f"{path}: not text in {', '.join(('UTF-8', 'UTF-16', *older))}; convert it to UTF-8")
+
+
+def read_csv(
+    path: Path, columns: Sequence[str], reading: Reading, older: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, the named columns) of every record. The delimiter is the one under which the header has them."""
+    encoding = encoding_of(path, older)
+    with path.open(encoding=encoding, newline="") as file:
+        header_line = file.readline()
+        if not header_line.strip():
+            raise UserError(f"{path}: the file is empty; it needs a header with the columns {', '.join(columns)}")
+        best: list[str] = []
+        for delimiter, name in _DELIMITERS.items():
+            header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter))]
+            if set(columns) <= set(header):
+                break
+            best = max(best, header, key=len)
+        else:
+            missing = [column for column in columns if column not in best]
+            raise UserError(
+                f"{path}: line 1: no column {', '.join(map(repr, missing))}; the columns found are "
+                f"{', '.join(map(repr, best))}"
+            )
+        reading.notes.update(encoding=encoding, delimiter=name)
+        where = {column: header.index(column) for column in columns}
+        widest = max(where.values())
+        rows = csv.reader(file, delimiter=delimiter)
+        before = 0
+        while True:
+            line = rows.line_num + 2
+            try:
+                cells = next(rows)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                raise UserError(f"{path}: line {line}: {error}; check its quotes") from None
+            before += 1
+            if not cells:
+                continue
+            if len(cells) <= widest:
+                reading.drop("too few columns", line)
+                continue
+            yield line, {column: cells[index] for column, index in where.items()}
+        if not before:
+            raise UserError(f"{path}: no rows below the header")
+
+
+def read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line; lines that hold no JSON object are dropped and counted."""
+    encoding = encoding_of(path)
+    reading.notes.update(encoding=encoding)
+    lines = 0
+    with path.open(encoding=encoding) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            lines += 1
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                reading.drop("not JSON", number)
+                continue
+            if not isinstance(value, dict):
+                reading.drop("not a JSON object", number)
+                continue
+            yield number, value
+    if not lines:
+        raise UserError(f"{path}: the file is empty; it needs one JSON object a line")

@@ -1,0 +1,195 @@
+"""The nouns. A recipe is a value made of these; a stage is a function from these to these."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Row = dict[str, Any]
+"""One record as read and cleaned; what data/*.jsonl holds, a line each."""
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Every linear layer of a Llama or Gemma block."""
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line with its remedy, never as a traceback."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What recipes vary. One function, train.sft_arguments, turns this into an SFTConfig."""
+
+    epochs: float = 3.0
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps, whatever the epochs say."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    batch_size: int = 2
+    """Examples per device and forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimiser step."""
+    max_length: int = 1024
+    """Tokens per example; longer inputs are cut, answers never."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Weight decay of the LoRA matrices."""
+    scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
+    """Optimiser; on a CPU all of these become adamw_torch."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them."""
+    quantization: Literal["4bit", "8bit", "none"] = "4bit"
+    """How the frozen base weights are held: NF4 with double quantisation, int8, or 16 bits."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: int = 32
+    """LoRA scale is alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout in front of the LoRA matrices."""
+    lora_init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Start of the first LoRA matrix; the second starts at zero."""
+    lora_targets: tuple[str, ...] = SEVEN
+    """Names of the linear layers that get LoRA matrices."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings in training (NEFTune); 0 turns it off."""
+    seed: int = 42
+    """Seeds the split, the LoRA start, the order of batches and dropout."""
+    log_every: int = 10
+    """Optimiser steps between two printed lines; steps.jsonl has every step."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    temperature: float = 0.0
+    """0 takes the most probable token every time."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with this probability."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    batch_size: int = 8
+    """Questions answered at once."""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it: a conversation whose assistant turns are what is learned."""
+
+    messages: tuple[Message, ...]
+    label: str | None = None
+    """The class, where the answer is one of a closed set."""
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The conversation up to the last answer."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An example, answered."""
+
+    example: Example
+    answer: str
+    stopped: bool
+    """True where the model ended by itself, False where it ran into the length limit."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model by its public name, and what a copy with random weights needs."""
+
+    hub_id: str
+    architecture: str
+    """A file in recipes/architectures, without its ending."""
+    chat_template: str | None = None
+    """The model's official chat template, by its file name in trl/chat_templates; None for base models."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of the rows; what remains is the training split."""
+
+    validation: float
+    test: float
+    by: str | None = None
+    """Row field over whose values every split is spread evenly."""
+    assigned: str | None = None
+    """Row field that says train or valid; valid rows are shared out between validation and test."""
+
+
+@dataclass
+class Reading:
+    """What became of the rows of a source file."""
+
+    source: Path
+    kept: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Reason -> line numbers."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was found out while reading, such as the encoding."""
+
+    def drop(self, reason: str, line: int) -> None:
+        self.dropped.setdefault(reason, []).append(line)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For recipes whose reader needs no telling."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Everything that distinguishes one recipe from another. A value: stages take it, nobody inherits it."""
+
+    name: str
+    title: str
+    base: BaseModel
+    settings: Settings
+    split: Split
+    sample: Callable[[Path], None] | str
+    """The data a run uses where no source is named: a file in recipes/samples, or a function that writes one."""
+    read: Callable[[Path, Any, Reading], Iterator[Row]]
+    """Source file, options, report -> cleaned rows."""
+    to_example: Callable[[Row], Example]
+    score: Callable[[Sequence[Prediction]], dict[str, Any]]
+    """Answered test examples -> metrics."""
+    options: Any = NoOptions()
+    """An instance of a dataclass of what this recipe's reader can be told; its fields become flags of prepare."""
+    plain_template: str | None = None
+    """Chat template (Jinja) for base models that have none of their own."""
+    stop_phrase: str | None = None
+    """Every answer is trained to end with this, and answering stops there."""
+    sampling: Sampling = Sampling()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> settings that differ."""
+    miniature: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ at the sizes tiny and small, whose random weights need a higher learning rate."""
+    ask: Callable[[str], tuple[Message, ...]] = lambda text: (Message("user", text),)
+    """One user text -> prompt, for predict and chat."""
+    closed: bool = False
+    """True where every answer is one of the labels seen in training."""
+    notice: str | None = None
+    """A line that follows every answer."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return (self.stop_phrase,) if self.stop_phrase else ()

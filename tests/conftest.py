@@ -1,0 +1,57 @@
+"""Shared by the tests: recipes found by themselves, tokenizers and commands as a user has them."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.stages.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")
+
+
+def recipe(name: str) -> Recipe:
+    return importlib.import_module(f"recipes.{name}").RECIPE
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> Callable[[str], Any]:
+    """Recipe name -> the tokenizer that its tiny runs use."""
+    from recipes.stages.base_model import ensure_files, load_tokenizer, settle
+
+    made: dict[str, Any] = {}
+
+    def of(name: str) -> Any:
+        if name not in made:
+            chosen = settle(recipe(name), "tiny")
+            ensure_files(recipe(name), chosen)
+            made[name] = load_tokenizer(recipe(name), chosen.source)
+        return made[name]
+
+    return of
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a module as a user does, in an empty folder of its own."""
+
+    def run(
+        *arguments: str, stdin: str = "", env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

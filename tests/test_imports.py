@@ -1,0 +1,41 @@
+"""What may be imported when, and by whom."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import RECIPES, ROOT
+
+HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "sklearn", "matplotlib"}
+
+
+def imported_modules(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_importing_a_recipe_loads_no_heavy_library(name: str) -> None:
+    code = f"import recipes.{name}, sys; print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_recipes_know_neither_each_other_nor_do_stages_know_recipes() -> None:
+    recipes = {f"recipes.{name}" for name in RECIPES}
+    for name in RECIPES:
+        known = imported_modules((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8"))
+        assert not known & recipes, name
+    for path in (ROOT / "recipes" / "stages").glob("*.py"):
+        assert not imported_modules(path.read_text(encoding="utf-8")) & recipes, path.name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_short_enough_to_read(name: str) -> None:
+    assert len((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
