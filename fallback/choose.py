@@ -61,7 +61,7 @@ def choose(
     requested: Literal["auto", "unsloth", "peft"] = "auto",
     quantization: Literal["4bit", "8bit", "none"] = "none",
     optimizer: str = "adamw_torch",
-    gpu: Gpu | None | Literal["read"] = "read",
+    gpu: Gpu | Literal["read"] | None = "read",
 ) -> Choice:
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run."""
     if gpu == "read":

@@ -79,8 +79,7 @@ class PortableLogProb(torch.autograd.Function):
             del logits
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.dtype, ctx.scale, ctx.cap = dtype, scale, cap
-        for name, value in extra.items():
-            ctx.mark_non_differentiable(value)
+        ctx.mark_non_differentiable(*extra.values())
         return log_probs, *(extra.get(n) for n in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
 
     @staticmethod

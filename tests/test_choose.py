@@ -76,7 +76,12 @@ def test_gemma_2_caps_its_scores() -> None:
 
 def test_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choose("llama", gpu=None, quantization="8bit", optimizer="paged_adamw_8bit")
-    assert (choice.device, choice.optimizer, choice.quantization, choice.triton) == ("cpu", "adamw_torch", "none", False)
+    assert (choice.device, choice.optimizer, choice.quantization, choice.triton) == (
+        "cpu",
+        "adamw_torch",
+        "none",
+        False,
+    )
     monkeypatch.setenv("UNSLOTH_DISABLE_CPU_FALLBACK", "1")
     stepped_down = choose("llama", gpu=None)
     assert stepped_down.backend == "peft"

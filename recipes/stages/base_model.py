@@ -7,19 +7,19 @@ true ids where the vocabulary has room for them, and the family's real chat temp
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fallback.gpu import read_gpu
+from recipes.stages import tokenizers
 from recipes.stages.prepare import sample_texts
 from recipes.stages.recipe import Recipe, UserError
 from recipes.stages.run import write_whole
+from recipes.stages.tokenizers import FAMILIES, make_tokenizer
 
 Size = Literal["tiny", "small", "full"]
 Weights = Literal["pretrained", "random"]
@@ -54,7 +54,7 @@ def shrink(config: dict[str, Any], size: Size, vocabulary: int) -> dict[str, Any
     """The same architecture family with fewer and narrower layers: patterns, ratios and options stay."""
     if size == "full":
         return config
-    heads, head_dim = (4, 32) if size == "tiny" else (8, 64)
+    heads, head_dim = (8, 32) if size == "tiny" else (8, 64)
     hidden = heads * head_dim
     small = dict(
         config,
@@ -75,12 +75,18 @@ def shrink(config: dict[str, Any], size: Size, vocabulary: int) -> dict[str, Any
     if config.get("sliding_window"):
         # Shorter than most examples, so that the window is really at work.
         small["sliding_window"] = 64
-    # Attention kinds alternate with a period; a model shorter than one period would lose a kind.
+    # Attention kinds alternate with a period (five sliding layers and a full one in Gemma 3): small keeps it whole,
+    # tiny keeps its end, so that both kinds are there.
     kinds = config.get("layer_types") or []
     period = kinds.index("full_attention") + 1 if kinds else 1
     per_layer = 3 * hidden * small["intermediate_size"] + 3 * hidden * hidden
-    wanted = 4 if size == "tiny" else (30_000_000 - vocabulary * hidden) // per_layer
-    small["num_hidden_layers"] = max(1, round(wanted / period)) * period
+    if size == "tiny":
+        small["num_hidden_layers"] = 2
+        small["intermediate_size"] = 2 * hidden
+        kinds = kinds[max(0, period - 2) :]
+    else:
+        wanted = (30_000_000 - vocabulary * hidden) // per_layer
+        small["num_hidden_layers"] = max(1, round(wanted / period)) * period
     if kinds:
         small["layer_types"] = kinds[: small["num_hidden_layers"]]
     return small
@@ -135,9 +141,10 @@ def model_type(recipe: Recipe, chosen: Chosen) -> str:
 
 
 def _folder(recipe: Recipe, size: Size) -> Path:
-    """Where a random model is kept: the name changes with everything it is made of, this file included."""
+    """Where a random model is kept: the name changes with everything it is made of, our code included."""
     made_of = [size, architecture(recipe), recipe.base.chat_template, sample_texts(recipe)]
-    key = Path(__file__).read_text(encoding="utf-8") + json.dumps(made_of, sort_keys=True)
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, tokenizers.__file__)]
+    key = json.dumps([made_of, code], sort_keys=True)
     return CACHE / f"{recipe.base.architecture}-{size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -154,9 +161,16 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     config = architecture(recipe)
-    tokenizer = make_tokenizer(config, chosen.size, sample_texts(recipe), recipe.base.chat_template)
+    family = config["model_type"]
+    tokenizer = make_tokenizer(
+        family,
+        sample_texts(recipe),
+        learned=2048 if chosen.size == "tiny" else 8192,
+        total=config["vocab_size"] if chosen.size == "full" else None,
+        template=recipe.base.chat_template,
+    )
     config = shrink(config, chosen.size, len(tokenizer))
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in _ENDS[config["model_type"]]]
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in FAMILIES[family].ends]
     config.update(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -174,140 +188,6 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
     write_whole(beside / "README.md", notice + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
-
-
-# Control tokens by family, each list in order; an int is the id of the token that follows it.
-_CONTROL: dict[str, list[int | str]] = {
-    "gemma3_text": [0, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", 105, "<start_of_turn>", "<end_of_turn>"],
-    "gemma2": [0, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", 106, "<start_of_turn>", "<end_of_turn>"],
-    "llama": [
-        128000,
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>",
-        "<|reserved_special_token_2|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|python_tag|>",
-    ],
-    "gpt_neox": [0, "<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"],
-}
-_ROLES: dict[str, dict[str, str]] = {
-    "gemma3_text": {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
-    "gemma2": {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
-    "llama": {
-        "pad_token": "<|finetune_right_pad_id|>",
-        "eos_token": "<|end_of_text|>",
-        "bos_token": "<|begin_of_text|>",
-    },
-    "gpt_neox": {"pad_token": "<|unused1|>", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"},
-}
-_ENDS: dict[str, tuple[str, ...]] = {
-    "gemma3_text": ("<eos>", "<end_of_turn>"),
-    "gemma2": ("<eos>", "<end_of_turn>"),
-    "llama": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
-    "gpt_neox": ("<|endoftext|>",),
-}
-
-
-def official_template(name: str) -> str:
-    """A model's own chat template, from TRL's collection; found without importing TRL."""
-    spec = importlib.util.find_spec("trl")
-    assert spec is not None and spec.submodule_search_locations
-    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-def make_tokenizer(config: dict[str, Any], size: Size, texts: Iterable[str], template: str | None) -> Any:
-    """A byte-pair tokenizer of the model's family, trained on the sample."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    family = config["model_type"]
-    learned = 2048 if size == "tiny" else 8192
-    control: dict[int, str] = {}
-    place = 0
-    for entry in _CONTROL[family]:
-        if isinstance(entry, int):
-            place = entry
-        else:
-            control[place] = entry
-            place += 1
-    gemma = family.startswith("gemma")
-    if gemma:
-        # SentencePiece's ways: spaces become part of tokens, digits stand alone, unknown characters become bytes.
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\\d|\\n+|▁*[^▁\\d\\n]+|▁+"), "isolated")
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        alphabet: list[str] = []
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        if family == "gpt_neox":
-            tokenizer.normalizer = normalizers.NFC()
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        else:
-            words = (
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            )
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(words), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    # Control tokens with low ids come first, as in the families' own vocabularies; gaps are filled.
-    low = [control.get(i, f"<unused{i}>") for i in range(max(control) + 1)] if max(control) < 1000 else []
-    if gemma:
-        low += [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=learned, special_tokens=low, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    state = json.loads(tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    # The trainer marks byte tokens as special, and then they would not decode.
-    names = set(control.values())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in names]
-    if low:
-        total = config["vocab_size"] if size == "full" else len(vocabulary)
-        fill = total
-    else:
-        # Llama's control tokens follow the text vocabulary: at their true ids at full size, else right behind it.
-        first = min(control) if size == "full" else len(vocabulary)
-        shift = first - min(control)
-        fill = first
-        total = config["vocab_size"] if size == "full" else max(control) + shift + 1
-    for i in range(len(vocabulary), fill):
-        vocabulary[f"<unlearned{i}>"] = i
-    if not low:
-        state["added_tokens"] = [
-            dict(
-                id=i + shift,
-                content=token,
-                single_word=False,
-                lstrip=False,
-                rstrip=False,
-                normalized=False,
-                special=True,
-            )
-            for i, token in sorted(control.items())
-        ]
-        for i in range(max(control) + shift + 1, total):
-            vocabulary[f"<unlearned{i}>"] = i
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        chat_template=official_template(template) if template else None,
-        extra_special_tokens=[token for token in names if token not in _ROLES[family].values()],
-        clean_up_tokenization_spaces=False,
-        **_ROLES[family],
-    )
 
 
 def load_tokenizer(recipe: Recipe, source: str) -> Any:

@@ -175,9 +175,10 @@ def settings_in_force(recipe: Recipe, given: list[str]) -> Settings:
                 f"--preset {known.preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}"
             )
         changes.update(recipe.presets[known.preset])
-    if known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained"):
-        if settle(recipe, known.size, known.weights, known.model).size != "full":
-            changes.update(recipe.miniature)
+    # A value that tyro will refuse in a moment is none of our business here.
+    sound = known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained")
+    if sound and settle(recipe, known.size, known.weights, known.model).size != "full":
+        changes.update(recipe.miniature)
     return replace(recipe.settings, **changes)
 
 

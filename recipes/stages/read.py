@@ -54,7 +54,7 @@ def read_csv(
         if not header_line.strip():
             raise UserError(f"{path}: the file is empty; it needs a header with the columns {', '.join(columns)}")
         best: list[str] = []
-        for delimiter, name in _DELIMITERS.items():
+        for delimiter in _DELIMITERS:
             header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter))]
             if set(columns) <= set(header):
                 break
@@ -65,7 +65,7 @@ def read_csv(
                 f"{path}: line 1: no column {', '.join(map(repr, missing))}; the columns found are "
                 f"{', '.join(map(repr, best))}"
             )
-        reading.notes.update(encoding=encoding, delimiter=name)
+        reading.notes.update(encoding=encoding, delimiter=_DELIMITERS[delimiter])
         where = {column: header.index(column) for column in columns}
         widest = max(where.values())
         rows = csv.reader(file, delimiter=delimiter)

@@ -1,0 +1,67 @@
+"""Steps, starts, batches, and the shape of a run."""
+
+import pytest
+import torch
+from conftest import recipe
+
+from recipes.stages.recipe import Settings
+from recipes.stages.render import IGNORED
+from recipes.stages.train import optimizer_steps, start_lora
+
+
+def test_steps_as_published() -> None:
+    assert optimizer_steps(5046, recipe("gemma3_1b_counsel").settings) == 6310
+    assert optimizer_steps(272_066, recipe("gemma3_12b_opercode").settings) == 51_015
+    assert optimizer_steps(100, Settings(max_steps=7)) == 7
+
+
+class Layers(torch.nn.Module):
+    """Two LoRA layers whose parameters are made in an order of one's choice."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        for name in names:
+            layer = torch.nn.Module()
+            layer.lora_A = torch.nn.Linear(8, 4, bias=False)
+            layer.lora_B = torch.nn.Linear(4, 8, bias=False)
+            self.add_module(name, layer)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_the_start_depends_on_names_and_seed_not_on_order(init: str) -> None:
+    one, two, other = Layers(["q", "k"]), Layers(["k", "q"]), Layers(["q", "k"])
+    torch.manual_seed(7)
+    start_lora(one, Settings(lora_init=init, lora_rank=4))  # type: ignore[arg-type]
+    torch.manual_seed(8)
+    start_lora(two, Settings(lora_init=init, lora_rank=4))  # type: ignore[arg-type]
+    start_lora(other, Settings(lora_init=init, lora_rank=4, seed=1))  # type: ignore[arg-type]
+    for name in ("q", "k"):
+        assert torch.equal(one.get_submodule(name).lora_A.weight, two.get_submodule(name).lora_A.weight)
+        assert not torch.equal(one.get_submodule(name).lora_A.weight, other.get_submodule(name).lora_A.weight)
+        assert not one.get_submodule(name).lora_B.weight.any()
+    assert not torch.equal(one.q.lora_A.weight, one.k.lora_A.weight)
+    spread = one.q.lora_A.weight.std().item()
+    assert 0.1 < spread < 0.4
+
+
+def test_collator_pads_by_position() -> None:
+    from recipes.stages.trainer import Batches
+
+    # The pad id occurs inside an example: it must stay supervised and attended to.
+    batch = Batches(pad_token_id=3)([{"input_ids": [5, 3], "labels": [IGNORED, 3]}, {"input_ids": [7], "labels": [7]}])
+    assert batch["input_ids"].tolist() == [[5, 3], [7, 3]]
+    assert batch["labels"].tolist() == [[IGNORED, 3], [7, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_order_is_decided_by_seed_and_epoch() -> None:
+    from recipes.stages.trainer import Shuffled
+
+    sampler = Shuffled(50, seed=1)
+    first = list(sampler)
+    torch.manual_seed(99)
+    assert list(sampler) == first
+    assert sorted(first) == list(range(50))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(Shuffled(50, seed=2)) != first
