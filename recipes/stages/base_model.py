@@ -126,18 +126,24 @@ def model_type(recipe: Recipe, chosen: Chosen) -> str:
     """The architecture family, as transformers names it."""
     if chosen.name == recipe.base.hub_id:
         return architecture(recipe)["model_type"]
-    config = Path(chosen.source) / "config.json"
-    if not config.is_file():
-        from huggingface_hub import hf_hub_download
+    return json.loads(published_config(chosen).read_text(encoding="utf-8"))["model_type"]
 
-        try:
-            config = Path(hf_hub_download(chosen.source, "config.json"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--model {chosen.source}: neither a folder with a config.json nor a model that can be fetched "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-    return json.loads(config.read_text(encoding="utf-8"))["model_type"]
+
+def published_config(chosen: Chosen) -> Path:
+    """The config.json of published weights: the smallest thing that shows whether they can be had."""
+    config = Path(chosen.source) / "config.json"
+    if config.is_file():
+        return config
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(chosen.source, "config.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{chosen.source} is neither a folder with a config.json nor a model that can be fetched from the hub "
+            f"({' '.join(str(error).split())[:160]}); accept its licence there and run hf auth login, name a folder "
+            "with --model, or try the architecture without its weights: --weights random, or --size tiny"
+        ) from error
 
 
 def _folder(recipe: Recipe, size: Size) -> Path:
@@ -152,7 +158,10 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
     """Make a random model's config, tokenizer and weights unless they are there. Call it after the backend has
     imported its libraries: this imports transformers, which Unsloth must precede."""
     folder = Path(chosen.source)
-    if chosen.weights == "pretrained" or (folder / "config.json").is_file():
+    if chosen.weights == "pretrained":
+        published_config(chosen)
+        return
+    if (folder / "config.json").is_file():
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -11,7 +11,7 @@ import tyro
 
 from fallback.choose import CannotRun, Choice, choose
 from recipes.stages import chat, evaluate, predict, prepare, train
-from recipes.stages.base_model import Chosen, model_type, settle
+from recipes.stages.base_model import Chosen, model_type, published_config, settle
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
 from recipes.stages.run import Run, environment, find_run, read_json, write_json
@@ -225,6 +225,8 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     chosen = settle(recipe, args.size, args.weights, args.model)
     settings: Settings = args.settings
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
+    if chosen.weights == "pretrained":
+        published_config(chosen)
     choice = choose(model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer)
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if args.run is not None and Run(args.run).prepared and args.source is None:

@@ -9,12 +9,15 @@ from recipes.stages.recipe import Recipe, Sampling, UserError
 from recipes.stages.train import Model
 
 
-def texts(text: str | None) -> Iterator[str]:
-    if text is not None:
-        if not text.strip():
-            raise UserError('predict: the text is empty; give one, as in predict "…", or lines on standard input')
-        yield text
-        return
+def texts(text: str | None) -> Iterable[str]:
+    if text is None:
+        return lines()
+    if not text.strip():
+        raise UserError('predict: the text is empty; give one, as in predict "…", or lines on standard input')
+    return [text]
+
+
+def lines() -> Iterator[str]:
     if sys.stdin.isatty():
         say("type a text and press Enter; Ctrl-D ends")
     for line in sys.stdin:

@@ -19,8 +19,10 @@ from recipes.stages.render import IGNORED, Rendered
 class Batches:
     """Collator: pads to the longest example. Padding is known by position, never by the pad token's id."""
 
-    def __init__(self, pad_token_id: int):
+    def __init__(self, pad_token_id: int, token_types: bool = False):
         self.pad_token_id = pad_token_id
+        # Gemma 3 with its vision tower will not train without being told that no token is an image.
+        self.token_types = token_types
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(example["input_ids"]) for example in examples)
@@ -28,13 +30,16 @@ class Batches:
         def padded(key: str, filler: int) -> torch.Tensor:
             return torch.tensor([e[key] + [filler] * (width - len(e[key])) for e in examples])
 
-        return {
+        batch = {
             "input_ids": padded("input_ids", self.pad_token_id),
             "labels": padded("labels", IGNORED),
             "attention_mask": torch.tensor(
                 [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
             ),
         }
+        if self.token_types:
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        return batch
 
 
 class Shuffled(torch.utils.data.Sampler[int]):

@@ -1,0 +1,146 @@
+"""Whole commands: every recipe under every backend, from data to answer, judged by the files they leave."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RECIPES, ROOT
+
+from fallback.choose import BACKENDS, why_not_unsloth
+from fallback.gpu import read_gpu
+
+LEARNS = "gemma3_12b_opercode"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("e2e")
+
+
+def python(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@cache
+def finished(folder: Path, name: str, backend: str) -> tuple[Path, str]:
+    """The run of one recipe under one backend, made once: its folder and what it printed."""
+    if backend == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
+        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    run = folder / f"{name}-{backend}"
+    # All of it where something is asserted about what was learned, else enough steps to see the loss fall.
+    short = () if name == LEARNS else ("--max-steps", "40")
+    done = python(folder, f"recipes.{name}", "--backend", backend, "--size", "tiny", "--run", str(run), *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return run, done.stdout
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_saves_reloads_and_answers(name: str, backend: str, folder: Path) -> None:
+    run, printed = finished(folder, name, backend)
+    first_line = printed.splitlines()[0]
+    assert "size tiny" in first_line
+    assert "NOT" in first_line
+
+    record = steps(run)
+    assert [step["step"] for step in record] == list(range(1, len(record) + 1))
+    for step in record:
+        assert math.isfinite(step["loss"])
+        assert step["supervised_tokens"] > 0
+        assert set(step) >= {"grad_norm", "learning_rate", "seconds"}
+    assert sum(s["loss"] for s in record[-5:]) < 0.9 * sum(s["loss"] for s in record[:5])
+
+    for file in (
+        "training_config.json", "environment.json", "choice.json", "metrics.json", "evaluation_results.json",
+        "predictions.csv", "data/metadata.json", "data/train.jsonl", "data/val.csv", "data/test.jsonl",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json",
+    ):  # fmt: skip
+        assert (run / file).is_file(), file
+    assert list((run / "logs").glob("events.out.tfevents.*"))
+    assert not [p for p in run.rglob("*") if ".making" in p.name]
+
+    choice = json.loads((run / "choice.json").read_text())
+    assert choice["backend"] == backend
+    assert "NOT" in json.loads((run / "training_config.json").read_text())["notice"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["train"]["optimizer_steps"] == len(record)
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == metrics["test"]["rows"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_both_backends_learn_the_same(name: str, folder: Path) -> None:
+    ours, theirs = (steps(finished(folder, name, backend)[0])[:20] for backend in BACKENDS)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["supervised_tokens"] == other["supervised_tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02), f"step {one['step']}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opercode_learns(backend: str, folder: Path) -> None:
+    run, _ = finished(folder, LEARNS, backend)
+    assert json.loads((run / "evaluation_results.json").read_text())["accuracy"] >= 0.85
+
+
+def test_the_losses_of_a_backend_are_its_own(folder: Path) -> None:
+    """What makes the comparison above worth something: the processes really differ."""
+    for backend in BACKENDS:
+        run, _ = finished(folder, "llama_1b_civil", backend)
+        log = (run / "logs" / "libraries.log").read_text(errors="replace")
+        assert ("Unsloth" in log) == (backend == "unsloth")
+
+
+def test_predict_evaluate_and_chat_read_the_run(folder: Path) -> None:
+    run, _ = finished(folder, LEARNS, "peft")
+    payment = "Advance payment for goods, import contract 17"
+    one = python(folder, f"recipes.{LEARNS}", "predict", payment, "--run", str(run))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.strip().isdigit()
+    assert "NOT google/gemma-3-12b-it" in one.stderr
+    several = python(folder, f"recipes.{LEARNS}", "predict", "--run", str(run), stdin=f"{payment}\n\n{payment}\n")
+    assert several.stdout.split() == [one.stdout.strip()] * 2
+
+    before = json.loads((run / "evaluation_results.json").read_text())
+    assert python(folder, f"recipes.{LEARNS}", "evaluate", "--run", str(run)).returncode == 0
+    after = json.loads((run / "evaluation_results.json").read_text())
+    assert {k: v for k, v in after.items() if k != "seconds"} == {k: v for k, v in before.items() if k != "seconds"}
+
+    run, _ = finished(folder, "polyglot_1_3b_ohlora", "peft")
+    talk = python(
+        folder, "recipes.polyglot_1_3b_ohlora", "chat", "--run", str(run), stdin="안녕\n/reset\n뭐 해?\n/exit\n"
+    )
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.count("> ") >= 4
+    assert "forgotten" in talk.stdout
+    assert "답변 종료" not in talk.stdout
+
+
+def test_train_continues_from_prepare(folder: Path) -> None:
+    run = folder / "prepared"
+    name = "recipes.llama_1b_civil"
+    assert python(folder, name, "prepare", "--run", str(run)).returncode == 0
+    before = (run / "data" / "train.jsonl").read_bytes()
+    done = python(folder, name, "train", "--run", str(run), "--max-steps", "2", "--backend", "peft", "--size", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert (run / "data" / "train.jsonl").read_bytes() == before
+    assert len(steps(run)) == 2
