@@ -120,6 +120,7 @@ RECIPE = Recipe(
         "accumulation": 1,
         "lora_dropout": 0.0,
         "checkpointing": False,
+        "log_every": 50,
     },
     split=Split(validation=0.15, test=0.15, by="label"),
     sample=lambda path: payments.write_csv(path, rows=2600, classes=12),
