@@ -66,14 +66,21 @@ class Train(Generic[Options]):
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Answer the test split and score the answers."""
+class Trained:
+    """Which run answers, and with what."""
 
-    sampling: Sampling
     run: Path | None = None
     """Folder of the run; the newest trained one if not given."""
     backend: Backend = "auto"
     """auto takes the backend that trained the run, where it can run."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Answer the test split and score the answers."""
+
+    sampling: Sampling
+    trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,7 @@ class Predict:
     sampling: Sampling
     text: Annotated[str | None, tyro.conf.Positional] = None
     """The text to answer; without it they are read from standard input."""
-    run: Path | None = None
-    """Folder of the run; the newest trained one if not given."""
-    backend: Backend = "auto"
-    """auto takes the backend that trained the run, where it can run."""
+    trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,7 @@ class Chat:
     """Talk to the model."""
 
     sampling: Sampling
-    run: Path | None = None
-    """Folder of the run; the newest trained one if not given."""
-    backend: Backend = "auto"
-    """auto takes the backend that trained the run, where it can run."""
+    trained: Trained = Trained()
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -246,20 +247,20 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     return run, chosen, choice, settings
 
 
-def open_run(recipe: Recipe, path: Path | None, backend: Backend) -> tuple[Run, Chosen, Choice, int]:
+def open_run(recipe: Recipe, wanted: Trained) -> tuple[Run, Chosen, Choice, int]:
     """A trained run and what to answer with: its own backend where that can run here."""
     remedy = f"train one first: python -m recipes.{recipe.name} train"
-    run = find_run(recipe, path, lambda run: run.trained, remedy)
+    run = find_run(recipe, wanted.run, lambda run: run.trained, remedy)
     config = read_json(run.config)
     chosen = Chosen(**config["base_model"])
     trained_with = read_json(run.path / "choice.json")["backend"]
     kind = model_type(recipe, chosen)
-    wanted = trained_with if backend == "auto" else backend
+    backend = trained_with if wanted.backend == "auto" else wanted.backend
     quantization = config["settings"]["quantization"]
     try:
-        choice = choose(kind, wanted, quantization)
+        choice = choose(kind, backend, quantization)
     except CannotRun:
-        if backend != "auto":
+        if wanted.backend != "auto":
             raise
         choice = choose(kind, "auto", quantization)
     print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
@@ -268,7 +269,7 @@ def open_run(recipe: Recipe, path: Path | None, backend: Backend) -> tuple[Run, 
 
 def evaluate_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "evaluate", Evaluate, given, Evaluate(sampling=recipe.sampling))
-    run, chosen, choice, max_length = open_run(recipe, args.run, args.backend)
+    run, chosen, choice, max_length = open_run(recipe, args.trained)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
         evaluate.tell(evaluate.evaluate(recipe, run, model, args.sampling, max_length))
@@ -278,7 +279,7 @@ def evaluate_command(recipe: Recipe, given: list[str]) -> None:
 def predict_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "predict", Predict, given, Predict(sampling=recipe.sampling))
     questions = predict.texts(args.text)
-    run, chosen, choice, max_length = open_run(recipe, args.run, args.backend)
+    run, chosen, choice, max_length = open_run(recipe, args.trained)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
         predict.predict(recipe, model, questions, args.sampling, max_length)
@@ -286,7 +287,7 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
 
 def chat_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "chat", Chat, given, Chat(sampling=recipe.sampling))
-    run, chosen, choice, max_length = open_run(recipe, args.run, args.backend)
+    run, chosen, choice, max_length = open_run(recipe, args.trained)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
         chat.chat(recipe, model, args.sampling, max_length)
