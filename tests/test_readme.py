@@ -1,0 +1,56 @@
+"""What README tells people to type exists and is understood."""
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+from conftest import ROOT, recipe
+
+from recipes.stages import cli
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.partition("#")[0].strip() for line in re.findall(r"^    (.*(?:make |python -m ).*)$", README, re.M)]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets(command: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{command.split()[1]}:", makefile, re.M)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m recipes." in c])
+def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real parser, with only the work behind it taken away."""
+    words = shlex.split(command.partition("python -m recipes.")[2])
+    name, given = words[0], words[1:]
+    parsed: list[Any] = []
+
+    class Parsed(Exception):
+        pass
+
+    real = cli.parse
+
+    def parse(*arguments: Any) -> Any:
+        parsed.append(real(*arguments))
+        raise Parsed
+
+    monkeypatch.setattr(cli, "parse", parse)
+    with pytest.raises(Parsed):
+        cli.run_command(recipe(name), given)
+    assert parsed
+
+
+def test_links_into_the_repository() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    for path in (ROOT / "recipes").glob("*_*.py"):
+        if path.stem != "__init__":
+            assert f"`recipes.{path.stem}`" in README
