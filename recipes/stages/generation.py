@@ -71,15 +71,12 @@ class Pieces(BaseStreamer):
 
     def _uncertain(self, text: str) -> int:
         """Characters at the end that a later token may still change or take back."""
-        if text.endswith(_INCOMPLETE):
-            return len(text) - len(text.rstrip(_INCOMPLETE))
-        blank = len(text) - len(text.rstrip())
+        certain = text.rstrip(_INCOMPLETE)
         for phrase in self.stop:
-            for length in range(min(len(phrase), len(text)), 0, -1):
-                if text.endswith(phrase[:length]):
-                    before = text[: len(text) - length]
-                    return len(text) - len(before.rstrip())
-        return blank
+            for length in range(min(len(phrase), len(certain)), 0, -1):
+                if certain.endswith(phrase[:length]):
+                    return len(text) - len(certain[: len(certain) - length].rstrip())
+        return len(text) - len(certain.rstrip())
 
     def _show(self, text: str) -> None:
         if self.shown == 0:

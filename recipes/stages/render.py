@@ -161,9 +161,9 @@ class Renderer:
             marked.append(f"「{piece.text}」" if piece.supervised else piece.text)
         rendered = self.example(example)
         assert rendered is not None
-        tokens = self.tokenizer.convert_ids_to_tokens([t for t in rendered.labels if t != IGNORED])
+        tokens = [self.tokenizer.decode([token]) for token in rendered.labels if token != IGNORED]
         text = "".join(marked).replace("」「", "")
         return (
             f"{text}\n-- {len(rendered.input_ids)} tokens, {rendered.supervised_tokens} of them carry loss: "
-            f"{' '.join(tokens)}\n"
+            f"{'|'.join(tokens)}\n"
         )

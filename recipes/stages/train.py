@@ -199,6 +199,8 @@ def train(recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: 
         trainer.train()
         trained = time.perf_counter()
     save_adapter(model, run)
+    # The trainer makes its folder whether or not it has anything to put there.
+    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     window = max(1, min(10, len(losses) // 5))
     return {
         "trainable_parameters": trainable,
