@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -176,7 +176,3 @@ def _probe() -> str | None:
         beside.write_text("null", encoding="utf-8")
         beside.replace(known)
     return obstacle
-
-
-def with_reason(choice: Choice, decision: str, reason: str, **changes: Any) -> Choice:
-    return replace(choice, reasons={**choice.reasons, decision: reason}, **changes)

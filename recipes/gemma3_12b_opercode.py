@@ -130,7 +130,6 @@ RECIPE = Recipe(
     ask=ask,
     score=score,
     sampling=Sampling(max_new_tokens=10, batch_size=64),
-    closed=True,
 )
 
 if __name__ == "__main__":

@@ -91,7 +91,6 @@ class Example:
     messages: tuple[Message, ...]
     label: str | None = None
     """The class, where the answer is one of a closed set."""
-    weight: float = 1.0
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -185,8 +184,6 @@ class Recipe:
     """Settings that differ at the sizes tiny and small, whose random weights need a higher learning rate."""
     ask: Callable[[str], tuple[Message, ...]] = lambda text: (Message("user", text),)
     """One user text -> prompt, for predict and chat."""
-    closed: bool = False
-    """True where every answer is one of the labels seen in training."""
     notice: str | None = None
     """A line that follows every answer."""
 
