@@ -20,6 +20,7 @@ from typing import Any, Literal
 from fallback.gpu import Gpu, read_gpu
 
 BackendName = Literal["unsloth", "peft"]
+Backend = Literal["auto", "unsloth", "peft"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft")
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft": "fallback.plain_peft"}
 _CACHE = Path(__file__).parents[1] / ".cache" / "probes"
@@ -58,7 +59,7 @@ class Choice:
 
 def choose(
     model_type: str,
-    requested: Literal["auto", "unsloth", "peft"] = "auto",
+    requested: Backend = "auto",
     quantization: Literal["4bit", "8bit", "none"] = "none",
     optimizer: str = "adamw_torch",
     gpu: Gpu | Literal["read"] | None = "read",

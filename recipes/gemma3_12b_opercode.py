@@ -8,66 +8,14 @@ The file: CSV with the columns PaymentComment and OperCode, separated by commas,
 Base model: google/gemma-3-12b-it, under Gemma's terms of use (https://ai.google.dev/gemma/terms).
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 from recipes.samples import payments
+from recipes.stages import labelled
 from recipes.stages.cli import main
-from recipes.stages.read import fold, read_csv
-from recipes.stages.recipe import (
-    BaseModel,
-    Example,
-    Message,
-    Prediction,
-    Reading,
-    Recipe,
-    Row,
-    Sampling,
-    Settings,
-    Split,
-    UserError,
-)
+from recipes.stages.read import fold
+from recipes.stages.recipe import Balance, BaseModel, Example, Message, Recipe, Row, Sampling, Settings, Split
 
 # Everything that is the same for every payment comes before the payment.
 INSTRUCTION = "Answer with the operation code of this bank payment.\n\nPayment: "
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the reader can be told about a bank's export."""
-
-    text_column: str = "PaymentComment"
-    """Column with the payment's comment."""
-    label_column: str = "OperCode"
-    """Column with the operation code; codes are text, leading zeros stay."""
-    min_samples_per_class: int = 10
-    """Classes with fewer rows are dropped: nothing can be learned or measured on them."""
-
-
-def read(source: Path, columns: Columns, reading: Reading) -> Iterator[Row]:
-    kept: list[tuple[int, Row]] = []
-    for line, cells in read_csv(source, (columns.text_column, columns.label_column), reading, older=("cp1251",)):
-        text, label = fold(cells[columns.text_column]), cells[columns.label_column].strip()
-        if not text or not label:
-            reading.drop("empty text" if not text else "empty code", line)
-        else:
-            kept.append((line, {"text": text, "label": label}))
-    sizes = Counter(row["label"] for _, row in kept)
-    rare = {code: n for code, n in sizes.items() if n < columns.min_samples_per_class}
-    if len(sizes) - len(rare) < 2:
-        raise UserError(
-            f"{source}: {len(sizes) - len(rare)} codes have {columns.min_samples_per_class} rows or more, and two are "
-            "needed to tell apart; add rows or lower --min-samples-per-class"
-        )
-    reading.notes["dropped_classes"] = dict(sorted(rare.items(), key=lambda item: (-item[1], item[0])))
-    for line, row in kept:
-        if row["label"] in rare:
-            reading.drop(f"code with fewer than {columns.min_samples_per_class} rows", line)
-        else:
-            yield row
 
 
 def ask(text: str) -> tuple[Message, ...]:
@@ -75,21 +23,7 @@ def ask(text: str) -> tuple[Message, ...]:
 
 
 def to_example(row: Row) -> Example:
-    return Example((*ask(row["text"]), Message("assistant", row["label"])), label=row["label"])
-
-
-def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Per code, never per token: a rare code counts as much as a common one in the macro average."""
-    from sklearn.metrics import f1_score
-
-    true = [p.example.answer for p in predictions]
-    predicted = [p.answer for p in predictions]
-    codes = sorted(set(true))
-    return {
-        "accuracy": sum(t == p for t, p in zip(true, predicted, strict=True)) / len(true),
-        "f1_macro": float(f1_score(true, predicted, labels=codes, average="macro", zero_division=0)),
-        "f1_micro": float(f1_score(true, predicted, labels=codes, average="micro", zero_division=0)),
-    }
+    return Example((*ask(row["text"]), Message("assistant", row["label"])), row["label"], row["text"])
 
 
 RECIPE = Recipe(
@@ -124,11 +58,12 @@ RECIPE = Recipe(
     },
     split=Split(validation=0.15, test=0.15, by="label"),
     sample=lambda path: payments.write_csv(path, rows=2600, classes=12),
-    read=read,
-    options=Columns(),
+    read=labelled.read,
+    options=labelled.Columns("PaymentComment", "OperCode"),
     to_example=to_example,
     ask=ask,
-    score=score,
+    text_column="PaymentComment",
+    balance=Balance(sampler="sqrt"),
     sampling=Sampling(max_new_tokens=10, batch_size=64),
 )
 

@@ -98,6 +98,7 @@ RECIPE = Recipe(
     read=read,
     to_example=to_example,
     ask=ask,
+    text_column="question",
     score=score_answers,
     sampling=Sampling(temperature=0.3, top_p=0.9, max_new_tokens=256),
     notice="(이 답변은 법률 자문이 아닙니다. 구체적인 사안은 변호사나 대한법률구조공단에 확인하세요.)",

@@ -45,6 +45,7 @@ RECIPE = Recipe(
     read=persona.read,
     to_example=persona.to_example,
     ask=persona.ask,
+    text_column="input_data",
     score=score_answers,
     stop_phrase=persona.STOP,
     sampling=Sampling(temperature=0.6, max_new_tokens=80),

@@ -115,10 +115,12 @@ def test_predict_evaluate_and_chat_read_the_run(folder: Path) -> None:
     payment = "Advance payment for goods, import contract 17"
     one = python(folder, f"recipes.{LEARNS}", "predict", payment, "--run", str(run))
     assert one.returncode == 0, one.stderr
-    assert one.stdout.strip().isdigit()
+    code, confidence = one.stdout.split()
+    assert code in json.loads((run / "adapter" / "classes.json").read_text())["train_rows"]
+    assert 0 < float(confidence) <= 1
     assert "NOT google/gemma-3-12b-it" in one.stderr
     several = python(folder, f"recipes.{LEARNS}", "predict", "--run", str(run), stdin=f"{payment}\n\n{payment}\n")
-    assert several.stdout.split() == [one.stdout.strip()] * 2
+    assert several.stdout.splitlines() == [one.stdout.strip()] * 2
 
     before = json.loads((run / "evaluation_results.json").read_text())
     assert python(folder, f"recipes.{LEARNS}", "evaluate", "--run", str(run)).returncode == 0

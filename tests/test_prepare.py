@@ -75,8 +75,8 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert metadata["rows"] == 60
     assert metadata["dropped"] == {
         "empty text": {"rows": 1, "first_lines": [62]},
-        "empty code": {"rows": 1, "first_lines": [63]},
-        "code with fewer than 10 rows": {"rows": 1, "first_lines": [64]},
+        "empty label": {"rows": 1, "first_lines": [63]},
+        "class with fewer than 10 rows": {"rows": 1},
     }
     assert metadata["dropped_classes"] == {"99": 1}
     assert {row["label"] for row in read_jsonl(run.data / "train.jsonl")} == {"010151", "7"}

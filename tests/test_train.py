@@ -52,16 +52,3 @@ def test_collator_pads_by_position() -> None:
     assert batch["input_ids"].tolist() == [[5, 3], [7, 3]]
     assert batch["labels"].tolist() == [[IGNORED, 3], [7, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-
-
-def test_order_is_decided_by_seed_and_epoch() -> None:
-    from recipes.stages.trainer import Shuffled
-
-    sampler = Shuffled(50, seed=1)
-    first = list(sampler)
-    torch.manual_seed(99)
-    assert list(sampler) == first
-    assert sorted(first) == list(range(50))
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    assert list(Shuffled(50, seed=2)) != first

@@ -9,16 +9,18 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 
-from fallback.choose import CannotRun, Choice, choose
+from fallback.choose import Backend, CannotRun, Choice, choose
 from recipes.stages import chat, evaluate, predict, prepare, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle
+from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
-from recipes.stages.run import Run, environment, find_run, read_json, write_json
+from recipes.stages.run import Run, environment, read_json, write_json
 
 Options = TypeVar("Options")
+Balancing = TypeVar("Balancing")
+Answering = TypeVar("Answering", Sampling, Scoring)
 Flat = tyro.conf.OmitArgPrefixes
-Backend = Literal["auto", "unsloth", "peft"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Prepare(Generic[Options]):
 
 
 @dataclass(frozen=True)
-class Train(Generic[Options]):
+class Train(Generic[Options, Balancing]):
     """Fine-tune. Prepares the data first, unless --run names a prepared run."""
 
     options: Options
+    balance: Balancing
     settings: Settings
     source: Path | None = None
     """Your data; without it the recipe's own sample."""
@@ -76,20 +79,26 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Generic[Answering]):
     """Answer the test split and score the answers."""
 
-    sampling: Sampling
+    answering: Answering
     trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
-class Predict:
-    """Answer one text, or every line of standard input."""
+class Predict(Generic[Answering]):
+    """Answer one text, every row of a file, or every line of standard input."""
 
-    sampling: Sampling
+    answering: Answering
     text: Annotated[str | None, tyro.conf.Positional] = None
     """The text to answer; without it they are read from standard input."""
+    file: Path | None = None
+    """CSV file whose rows are to be answered."""
+    out: Path | None = None
+    """Where they go, with the answers; the same command again continues after an interruption."""
+    text_column: str = ""
+    """Column of the file that holds the text."""
     trained: Trained = Trained()
 
 
@@ -102,10 +111,14 @@ class Chat:
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of every recipe. Ends the process; what the user can mend is one line on standard error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Entry point of every recipe."""
+    as_command(lambda given: run_command(recipe, given), sys.argv[1:] if arguments is None else arguments)
+
+
+def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoReturn:
+    """Ends the process; what the user can mend is one line on standard error."""
     try:
-        run_command(recipe, given)
+        do(list(arguments))
     except (UserError, CannotRun) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -145,11 +158,6 @@ def print_help(recipe: Recipe) -> None:
     print(f"\npresets: {', '.join(recipe.presets) or 'none'}")
 
 
-def of_options(stage: Any, recipe: Recipe) -> Any:
-    """The stage's flags together with those of this recipe's reader."""
-    return stage[type(recipe.options)]
-
-
 def parse(recipe: Recipe, stage: str, kind: Any, given: list[str], default: Any) -> Any:
     return tyro.cli(
         kind,
@@ -187,7 +195,7 @@ def prepare_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(
         recipe,
         "prepare",
-        of_options(Prepare, recipe),
+        Prepare[type(recipe.options)],  # type: ignore[misc]
         given,
         Prepare(options=recipe.options, seed=recipe.settings.seed),
     )
@@ -207,18 +215,19 @@ def everything(recipe: Recipe, given: list[str]) -> None:
     run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, settings.max_length)
-        results = evaluate.evaluate(recipe, run, model, recipe.sampling, settings.max_length)
+        results = evaluate.evaluate(recipe, run, model, answering(recipe), settings.max_length)
         say(f"test split, {chosen.description}:")
         evaluate.tell(results)
         say("a few answers:")
         for example in train.examples(recipe, run, "test")[:3]:
-            evaluate.show_answer(recipe, model, example, settings.max_length)
+            evaluate.show_answer(recipe, run, model, example, settings.max_length)
     say(f'everything is in {run.path}; next: python -m recipes.{recipe.name} chat, or predict "…"')
 
 
 def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
     settings = settings_in_force(recipe, given)
-    return parse(recipe, stage, of_options(Train, recipe), given, Train(options=recipe.options, settings=settings))
+    kind: Any = Train[type(recipe.options), type(recipe.balance)]  # type: ignore[misc]
+    return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings))
 
 
 def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]:
@@ -236,9 +245,9 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     else:
         run = prepare.prepare(recipe, args.source, args.options, settings.seed, args.run)
     write_json(run.path / "environment.json", environment())
-    train.record_choice(run, settings, chosen, choice)
+    train.record_choice(run, settings, chosen, choice, args.balance)
     with held_back(run.logs / "libraries.log"):
-        metrics = train.train(recipe, run, settings, chosen, choice)
+        metrics = train.train(recipe, run, settings, chosen, choice, args.balance)
         run.add_metrics(base_model=asdict(chosen), train=metrics)
         say(
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
@@ -247,47 +256,45 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     return run, chosen, choice, settings
 
 
-def open_run(recipe: Recipe, wanted: Trained) -> tuple[Run, Chosen, Choice, int]:
-    """A trained run and what to answer with: its own backend where that can run here."""
-    remedy = f"train one first: python -m recipes.{recipe.name} train"
-    run = find_run(recipe, wanted.run, lambda run: run.trained, remedy)
-    config = read_json(run.config)
-    chosen = Chosen(**config["base_model"])
-    trained_with = read_json(run.path / "choice.json")["backend"]
-    kind = model_type(recipe, chosen)
-    backend = trained_with if wanted.backend == "auto" else wanted.backend
-    quantization = config["settings"]["quantization"]
-    try:
-        choice = choose(kind, backend, quantization)
-    except CannotRun:
-        if wanted.backend != "auto":
-            raise
-        choice = choose(kind, "auto", quantization)
-    print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
-    return run, chosen, choice, config["settings"]["max_length"]
+def answering(recipe: Recipe) -> Any:
+    """How answers are made: scored over a closed set, or generated."""
+    return Scoring() if recipe.closed else recipe.sampling
 
 
 def evaluate_command(recipe: Recipe, given: list[str]) -> None:
-    args = parse(recipe, "evaluate", Evaluate, given, Evaluate(sampling=recipe.sampling))
-    run, chosen, choice, max_length = open_run(recipe, args.trained)
+    default = answering(recipe)
+    args = parse(recipe, "evaluate", Evaluate[type(default)], given, Evaluate(default))  # type: ignore[misc]
+    run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
-        evaluate.tell(evaluate.evaluate(recipe, run, model, args.sampling, max_length))
+        evaluate.tell(evaluate.evaluate(recipe, run, model, args.answering, max_length))
     say(f"every answer: {run.path / 'predictions.csv'}")
 
 
 def predict_command(recipe: Recipe, given: list[str]) -> None:
-    args = parse(recipe, "predict", Predict, given, Predict(sampling=recipe.sampling))
-    questions = predict.texts(args.text)
-    run, chosen, choice, max_length = open_run(recipe, args.trained)
+    default = answering(recipe)
+    kind: Any = Predict[type(default)]  # type: ignore[misc]
+    args = parse(recipe, "predict", kind, given, Predict(default, text_column=recipe.text_column))
+    if (args.file is None) != (args.out is None):
+        raise UserError("predict: --file and --out go together: the rows to answer, and where the answers go")
+    if args.file is not None and args.text is not None:
+        raise UserError("predict: give a text or --file, not both")
+    questions = predict.texts(args.text) if args.file is None else ()
+    run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
-        predict.predict(recipe, model, questions, args.sampling, max_length)
+        names, answer = predict.answerer(recipe, run, model, args.answering, max_length)
+        if args.file is None:
+            predict.to_terminal(recipe, answer, questions, recipe.sampling.batch_size)
+        else:
+            order = predict.made_with(run, args.answering)
+            rows = predict.to_file(args.file, args.out, args.text_column, names, answer, order)
+            say(f"{rows:,} rows -> {args.out}")
 
 
 def chat_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "chat", Chat, given, Chat(sampling=recipe.sampling))
-    run, chosen, choice, max_length = open_run(recipe, args.trained)
+    run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
         chat.chat(recipe, model, args.sampling, max_length)

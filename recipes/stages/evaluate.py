@@ -1,68 +1,142 @@
-"""test split -> predictions.csv, evaluation_results.json."""
+"""test split -> predictions.csv, evaluation_results.json, pictures."""
 
 import csv
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
 from recipes.stages.run import Run, write_json, writing
 from recipes.stages.train import Model, examples
 
 
-def evaluate(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length: int) -> dict[str, Any]:
-    from recipes.stages.generation import generate
-
+def evaluate(recipe: Recipe, run: Run, model: Model, answering: Sampling | Scoring, max_length: int) -> dict[str, Any]:
+    """Answer the test split the way predict answers, and score what came."""
     items = examples(recipe, run, "test")
-    began = time.perf_counter()
     with progress("answering the test split", "examples") as bar:
         task = bar.add_task("", total=len(items))
-        answers = generate(
-            model,
-            [example.prompt for example in items],
-            sampling,
-            recipe.stop,
-            max_length,
-            lambda count: bar.advance(task, count),
-        )
-    seconds = time.perf_counter() - began
-    predictions = [Prediction(e, a.text, a.stopped) for e, a in zip(items, answers, strict=True)]
-    results = {
-        "rows": len(predictions),
-        **recipe.score(predictions),
-        "stopped_by_itself": sum(p.stopped for p in predictions) / len(predictions),
-        "empty": sum(not p.answer for p in predictions) / len(predictions),
-        "seconds": round(seconds, 2),
-    }
-    write_predictions(run, predictions)
+
+        def done(count: int) -> None:
+            bar.advance(task, count)
+
+        if isinstance(answering, Scoring):
+            classifier = Classifier(recipe, scoring=answering).use(model, run, max_length)
+            results = _by_class(run, items, classifier, done)
+        else:
+            results = _by_answer(recipe, run, items, model, answering, max_length, done)
     write_json(run.path / "evaluation_results.json", results)
-    run.add_metrics(test=results)
+    run.add_metrics(test={name: value for name, value in results.items() if isinstance(value, int | float)})
     return results
 
 
-def write_predictions(run: Run, predictions: Sequence[Prediction]) -> None:
+def _by_answer(
+    recipe: Recipe, run: Run, items: list[Example], model: Model, sampling: Sampling, max_length: int, done: Any
+) -> dict[str, Any]:
+    from recipes.stages.generation import generate
+
+    began = time.perf_counter()
+    answers = generate(model, [example.prompt for example in items], sampling, recipe.stop, max_length, done)
+    seconds = time.perf_counter() - began
+    predictions = [Prediction(e, a.text, a.stopped) for e, a in zip(items, answers, strict=True)]
     with writing(run.path / "predictions.csv", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["text", "true", "predicted", "stopped"])
         for p in predictions:
-            table.writerow([p.example.prompt[-1].content, p.example.answer, p.answer, int(p.stopped)])
+            table.writerow([p.example.text, p.example.answer, p.answer, int(p.stopped)])
+    return {
+        "rows": len(predictions),
+        **(recipe.score(predictions) if recipe.score else {}),
+        "stopped_by_itself": sum(p.stopped for p in predictions) / len(predictions),
+        "empty": sum(not p.answer for p in predictions) / len(predictions),
+        "seconds": round(seconds, 2),
+    }
 
 
-def show_answer(recipe: Recipe, model: Model, example: Example, max_length: int) -> None:
-    from recipes.stages.generation import generate
+def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any) -> dict[str, Any]:
+    import numpy as np
 
-    answer = generate(model, [example.prompt], recipe.sampling, recipe.stop, max_length)[0]
+    from recipes.stages import pictures
+    from recipes.stages.classes import PROBLEM, averages, by_class, confusions, intervals
+    from recipes.stages.confidence import calibration_error, coverage_curve, probabilities
+
+    began = time.perf_counter()
+    log_p, known = classifier.log_probabilities([example.prompt for example in items], done)
+    seconds = time.perf_counter() - began
+    verdicts = classifier.rank(log_p, known)
+    true = [example.answer for example in items]
+    predicted = [verdict.ranking[0][0] for verdict in verdicts]
+    correct = np.array([t == p for t, p in zip(true, predicted, strict=True)])
+    confidence = np.array([verdict.confidence for verdict in verdicts])
+    classes = by_class(true, predicted, known.train_rows)
+    curve = coverage_curve(confidence, correct)
+    asked = classifier.scoring.min_confidence
+    sure = confidence >= asked
+    results = {
+        "rows": len(items),
+        "classes": len(classes),
+        **averages(true, predicted),
+        "calibration_error": calibration_error(confidence, correct),
+        "calibration_error_before": calibration_error(probabilities(log_p).max(axis=1), correct),
+        "temperature": known.temperature,
+        **({"min_confidence": asked, "answered": float(sure.mean())} if asked else {}),
+        **({"accuracy_of_answered": float(correct[sure].mean())} if asked and sure.any() else {}),
+        "seconds": round(seconds, 2),
+        "intervals_95": intervals(true, predicted),
+        "problem_classes": [line for line in classes if line["f1"] < PROBLEM],
+        "confusions": confusions(true, predicted)[:20],
+        "coverage": curve,
+        "by_class": classes,
+    }
+    _write_verdicts(run, items, verdicts)
+    pictures.confusion(run.path / "confusion.png", true, predicted)
+    pictures.by_size(run.path / "f1_by_class_size.png", classes)
+    pictures.coverage(run.path / "coverage.png", curve)
+    return results
+
+
+def _write_verdicts(run: Run, items: Sequence[Example], verdicts: Sequence[Verdict]) -> None:
+    with writing(run.path / "predictions.csv", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["text", "true", "predicted", "confidence", "second_choice", "second_confidence"])
+        for example, verdict in zip(items, verdicts, strict=True):
+            second, its = verdict.ranking[1] if len(verdict.ranking) > 1 else ("", 0.0)
+            table.writerow(
+                [example.text, example.answer, verdict.code, f"{verdict.confidence:.4f}", second, f"{its:.4f}"]
+            )
+
+
+def show_answer(recipe: Recipe, run: Run, model: Model, example: Example, max_length: int) -> None:
     say(f"  question   {example.prompt[-1].content.splitlines()[-1]}")
-    say(f"  answer     {answer.text}")
+    if recipe.closed:
+        verdict = Classifier(recipe).use(model, run, max_length).verdicts([example.prompt])[0]
+        say(f"  answer     {verdict.code}, {verdict.confidence:.0%} sure")
+    else:
+        from recipes.stages.generation import generate
+
+        say(f"  answer     {generate(model, [example.prompt], recipe.sampling, recipe.stop, max_length)[0].text}")
     say(f"  reference  {example.answer}")
     if recipe.notice:
         say(f"  {recipe.notice}")
 
 
 def tell(results: dict[str, Any]) -> None:
+    ranges = results.get("intervals_95", {})
     for name, value in results.items():
         if isinstance(value, float):
-            say(f"  {name:<20} {value:.4f}")
+            between = "  95 % between {:.4f} and {:.4f}".format(*ranges[name]) if name in ranges else ""
+            say(f"  {name:<26} {value:.4f}{between}")
         elif isinstance(value, int):
-            say(f"  {name:<20} {value:,}")
+            say(f"  {name:<26} {value:,}")
+    problems = results.get("problem_classes", [])
+    if problems:
+        say(f"  {len(problems)} of {results['classes']} classes have an F1 below one half:")
+    for line in problems[:10]:
+        taken = ", ".join(f"{code} ({count})" for code, count in line["taken_for"].items()) or "nothing else"
+        say(
+            f"    {line['class']:<8} F1 {line['f1']:.2f}, {line['train_rows']} training rows, "
+            f"{line['test_rows']} test rows, taken for {taken}"
+        )
+    if len(problems) > 10:
+        say("    …")

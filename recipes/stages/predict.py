@@ -1,12 +1,26 @@
-"""One text, or standard input a line each -> answers."""
+"""One text, a file, or lines on standard input -> answers."""
 
+import csv
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from recipes.stages.console import say
-from recipes.stages.recipe import Recipe, Sampling, UserError
+from recipes.stages.classifier import Classifier, Scoring
+from recipes.stages.console import progress, say
+from recipes.stages.read import Layout, csv_records, layout_of
+from recipes.stages.recipe import Reading, Recipe, Sampling, UserError
+from recipes.stages.run import Run, read_json, write_json
 from recipes.stages.train import Model
+
+Answerer = Callable[[Sequence[str]], list[list[str]]]
+"""Texts -> for each the cells of its answer."""
+
+# Rows that are answered, written and never answered again, whatever happens afterwards.
+_CHUNK = 1024
 
 
 def texts(text: str | None) -> Iterable[str]:
@@ -25,19 +39,106 @@ def lines() -> Iterator[str]:
             yield line.strip()
 
 
-def predict(recipe: Recipe, model: Model, questions: Iterable[str], sampling: Sampling, max_length: int) -> int:
-    """Print an answer for every question, as soon as its batch is done; returns their number."""
+def answerer(
+    recipe: Recipe, run: Run, model: Model, answering: Sampling | Scoring, max_length: int
+) -> tuple[list[str], Answerer]:
+    """The names of an answer's cells, and what fills them."""
+    if isinstance(answering, Scoring):
+        classifier = Classifier(recipe, scoring=answering).use(model, run, max_length)
+
+        def classify(batch: Sequence[str]) -> list[list[str]]:
+            found = []
+            for verdict in classifier.verdicts([recipe.ask(text) for text in batch]):
+                second, its = verdict.ranking[1] if len(verdict.ranking) > 1 else ("", 0.0)
+                found.append([verdict.code, f"{verdict.confidence:.4f}", second, f"{its:.4f}"])
+            return found
+
+        return ["predicted", "confidence", "second_choice", "second_confidence"], classify
     from recipes.stages.generation import generate
 
+    def respond(batch: Sequence[str]) -> list[list[str]]:
+        answers = generate(model, [recipe.ask(text) for text in batch], answering, recipe.stop, max_length)
+        return [[answer.text, str(int(answer.stopped))] for answer in answers]
+
+    return ["answer", "stopped"], respond
+
+
+def to_terminal(recipe: Recipe, answer: Answerer, questions: Iterable[str], batch_size: int) -> None:
+    """Print an answer for every question, as soon as its batch is done."""
     questions = iter(questions)
     # Somebody typing waits for each answer; a pipe is served in batches.
-    size = 1 if sys.stdin.isatty() else sampling.batch_size
-    count = 0
+    size = 1 if sys.stdin.isatty() else batch_size
     while batch := list(islice(questions, size)):
-        answers = generate(model, [recipe.ask(text) for text in batch], sampling, recipe.stop, max_length)
-        for answer in answers:
-            say(answer.text.replace("\n", " "))
+        for cells in answer(batch):
+            say("\t".join(cells[:2]) if recipe.closed else cells[0].replace("\n", " "))
             if recipe.notice:
                 say(recipe.notice)
-        count += len(batch)
-    return count
+
+
+def to_file(
+    source: Path, target: Path, text_column: str, names: Sequence[str], answer: Answerer, made_with: dict[str, Any]
+) -> int:
+    """Every row of a CSV file with its answer in further columns; returns the number of rows.
+
+    What is done lies in `<target>.part`. If the same command is given again after an interruption, it goes on
+    behind the last whole row there.
+    """
+    layout = layout_of(source, (text_column,), Reading(source), older=("cp1251",))
+    status = source.stat()
+    order = {**made_with, "source": str(source.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
+    part, about = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
+    rows, size = _finished(part, about, order)
+    if rows:
+        say(f"{part}: {rows:,} rows are done, going on behind them")
+    total = sum(1 for _ in csv_records(source, layout))
+    records = (cells for _, cells in islice(csv_records(source, layout), rows, None))
+    with part.open("a", encoding="utf-8", newline="") as file, progress("answering", "rows") as bar:
+        # Whatever came after the last finished chunk may be half a row.
+        file.truncate(size)
+        table = csv.writer(file, lineterminator="\n")
+        if not size:
+            table.writerow([*layout.header, *names])
+        task = bar.add_task("", total=total, completed=rows)
+        while batch := list(islice(records, _CHUNK)):
+            table.writerows(_answered(batch, layout, text_column, answer, len(names)))
+            file.flush()
+            os.fsync(file.fileno())
+            rows += len(batch)
+            write_json(about, {"order": order, "rows": rows, "bytes": os.fstat(file.fileno()).st_size})
+            bar.advance(task, len(batch))
+    part.replace(target)
+    about.unlink(missing_ok=True)
+    return total
+
+
+def _answered(
+    batch: Sequence[list[str]], layout: Layout, text_column: str, answer: Answerer, width: int
+) -> Iterator[list[str]]:
+    """The batch's rows with their answers; rows without a text get none."""
+    at = layout.where[text_column]
+    asked = [i for i, cells in enumerate(batch) if len(cells) > at and cells[at].strip()]
+    answers = dict(zip(asked, answer([batch[i][at] for i in asked]) if asked else [], strict=True))
+    for i, cells in enumerate(batch):
+        padded = [*cells, *[""] * (layout.width - len(cells))][: layout.width]
+        yield [*padded, *answers.get(i, [""] * width)]
+
+
+def _finished(part: Path, about: Path, order: dict[str, Any]) -> tuple[int, int]:
+    """Rows and bytes of an unfinished file that are done."""
+    if not part.is_file() or not about.is_file():
+        return 0, 0
+    before = read_json(about)
+    differences = [key for key in order if before["order"].get(key) != order[key]]
+    if differences:
+        raise UserError(
+            f"{part} was begun with another {' and '.join(differences)}; finish it with that, or delete it to start "
+            "over"
+        )
+    return before["rows"], before["bytes"]
+
+
+def made_with(run: Run, answering: Sampling | Scoring) -> dict[str, Any]:
+    """What answers depend on, to tell whether an unfinished file can be continued."""
+    settings = {"min_confidence": answering.min_confidence} if isinstance(answering, Scoring) else asdict(answering)
+    weights = (run.adapter / "adapter_model.safetensors").stat()
+    return {"run": str(run.path.resolve()), "adapter": weights.st_mtime_ns, **settings}

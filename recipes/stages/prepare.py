@@ -4,15 +4,17 @@ import csv
 import json
 import random
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from recipes.stages import labelled
 from recipes.stages.console import say
 from recipes.stages.recipe import Example, Reading, Recipe, Row, Split, UserError
-from recipes.stages.run import Run, new_run, write_json, writing
+from recipes.stages.run import Run, new_run, place_beside, write_json, writing
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 CACHE = Path(__file__).parents[2] / ".cache" / "samples"
@@ -95,9 +97,31 @@ def write_split(folder: Path, name: str, rows: Sequence[Row]) -> None:
             )
 
 
-def prepare(recipe: Recipe, source: Path | None, options: Any, seed: int, path: Path | None = None) -> Run:
-    """Read, clean and split a source file into a run's data/. Nothing is written before everything is read."""
+def prepare(
+    recipe: Recipe, source: Path | None, options: Any, seed: int, path: Path | None = None, quiet: bool = False
+) -> Run:
+    """Read, clean and split a source file into a run's data/, which appears whole or not at all."""
     file = source or sample_file(recipe)
+    beside = Path(tempfile.mkdtemp(dir=place_beside(path), prefix=".data.making."))
+    try:
+        if recipe.closed:
+            found = labelled.prepare(file, options, recipe.split, seed, beside)
+        else:
+            found = _prepare_rows(recipe, file, options, seed, beside)
+        metadata = {"recipe": recipe.name, "source": str(file), "sample": source is None, "seed": seed, **found}
+        write_json(beside / "metadata.json", metadata)
+        run = new_run(recipe, path)
+        shutil.rmtree(run.data, ignore_errors=True)
+        beside.chmod(0o755)
+        beside.replace(run.data)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    if not quiet:
+        tell(run, metadata)
+    return run
+
+
+def _prepare_rows(recipe: Recipe, file: Path, options: Any, seed: int, folder: Path) -> dict[str, Any]:
     rows, reading = read_rows(recipe, file, options)
     parts = split_rows(rows, recipe.split, seed)
     empty = [name for name, part in parts.items() if not part]
@@ -105,17 +129,9 @@ def prepare(recipe: Recipe, source: Path | None, options: Any, seed: int, path: 
         raise UserError(
             f"{file}: {len(rows)} usable rows leave nothing for the {' and '.join(empty)} split; more rows are needed"
         )
-    run = new_run(recipe, path)
-    beside = run.path / ".data.making"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     for name, part in parts.items():
-        write_split(beside, name, part)
-    metadata = {
-        "recipe": recipe.name,
-        "source": str(file),
-        "sample": source is None,
-        "seed": seed,
+        write_split(folder, name, part)
+    return {
         **reading.notes,
         "rows": len(rows),
         "dropped": {
@@ -130,11 +146,6 @@ def prepare(recipe: Recipe, source: Path | None, options: Any, seed: int, path: 
             for name, part in parts.items()
         },
     }  # fmt: skip
-    write_json(beside / "metadata.json", metadata)
-    shutil.rmtree(run.data, ignore_errors=True)
-    beside.replace(run.data)
-    tell(run, metadata)
-    return run
 
 
 def tell(run: Run, metadata: dict[str, Any]) -> None:
@@ -142,5 +153,21 @@ def tell(run: Run, metadata: dict[str, Any]) -> None:
     what = "the recipe's own sample" if metadata["sample"] else metadata["source"]
     say(f"data: {metadata['rows']:,} rows from {what} -> {run.data} ({sizes})")
     for reason, rows in metadata["dropped"].items():
-        lines = ", ".join(map(str, rows["first_lines"][:5])) + (" …" if rows["rows"] > 5 else "")
-        say(f"  dropped {rows['rows']:,}: {reason} (line {lines})")
+        first = rows.get("first_lines", [])[:5]
+        lines = ", ".join(map(str, first)) + (" …" if rows["rows"] > 5 else "")
+        say(f"  dropped {rows['rows']:,}: {reason}" + (f" (line {lines})" if first else ""))
+    for code, rows in list(metadata.get("dropped_classes", {}).items())[:10]:
+        say(f"    class {code}: {rows} rows")
+    same = metadata.get("identical_texts", {})
+    if same.get("with_different_labels"):
+        say(
+            f"  {same['with_different_labels']:,} texts occur with different labels, and at most one can be right: "
+            f"{run.data / 'conflicts.csv'}"
+        )
+    if same.get("in_more_than_one_split"):
+        say(
+            f"  {same['in_more_than_one_split']:,} texts are in more than one split: the test is partly a test of "
+            "memory; leave --allow-leak away"
+        )
+    elif same.get("texts"):
+        say(f"  {same['texts']:,} texts occur more than once; each is in one split only")

@@ -2,23 +2,21 @@
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.stages.recipe import Reading, UserError
 
 # A cell may be as long as memory allows; the module's own limit is 128 KiB.
 csv.field_size_limit(sys.maxsize)
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
-_SPACE = re.compile(r"\s+")
 
 
 def fold(text: str) -> str:
     """Every run of white space becomes one space."""
-    return _SPACE.sub(" ", text).strip()
+    return " ".join(text.split())
 
 
 def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
@@ -44,49 +42,79 @@ def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
     raise UserError(f"{path}: not text in {', '.join(('UTF-8', 'UTF-16', *older))}; convert it to UTF-8")
 
 
-def read_csv(
-    path: Path, columns: Sequence[str], reading: Reading, older: Sequence[str] = ()
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, the named columns) of every record. The delimiter is the one under which the header has them."""
+class Layout(NamedTuple):
+    """How a CSV file is written."""
+
+    encoding: str
+    delimiter: str
+    header: list[str]
+    where: dict[str, int]
+    """Column -> its place."""
+
+    @property
+    def width(self) -> int:
+        return len(self.header)
+
+
+def layout_of(path: Path, columns: Sequence[str], reading: Reading, older: Sequence[str] = ()) -> Layout:
+    """The delimiter is the one under which the header has the columns."""
     encoding = encoding_of(path, older)
     with path.open(encoding=encoding, newline="") as file:
         header_line = file.readline()
-        if not header_line.strip():
-            raise UserError(f"{path}: the file is empty; it needs a header with the columns {', '.join(columns)}")
-        best: list[str] = []
-        for delimiter in _DELIMITERS:
-            header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter))]
-            if set(columns) <= set(header):
-                break
-            best = max(best, header, key=len)
-        else:
-            missing = [column for column in columns if column not in best]
-            raise UserError(
-                f"{path}: line 1: no column {', '.join(map(repr, missing))}; the columns found are "
-                f"{', '.join(map(repr, best))}"
-            )
-        reading.notes.update(encoding=encoding, delimiter=_DELIMITERS[delimiter])
-        where = {column: header.index(column) for column in columns}
-        widest = max(where.values())
-        rows = csv.reader(file, delimiter=delimiter)
+    if not header_line.strip():
+        raise UserError(f"{path}: the file is empty; it needs a header with the columns {', '.join(columns)}")
+    best: list[str] = []
+    for delimiter in _DELIMITERS:
+        header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter))]
+        if set(columns) <= set(header):
+            break
+        best = max(best, header, key=len)
+    else:
+        missing = [column for column in columns if column not in best]
+        raise UserError(
+            f"{path}: line 1: no column {', '.join(map(repr, missing))}; the columns found are "
+            f"{', '.join(map(repr, best))}"
+        )
+    reading.notes.update(encoding=encoding, delimiter=_DELIMITERS[delimiter])
+    return Layout(encoding, delimiter, header, {column: header.index(column) for column in columns})
+
+
+def csv_records(path: Path, layout: Layout) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of every record below the header that is not blank."""
+    with path.open(encoding=layout.encoding, newline="") as file:
+        file.readline()
+        records = csv.reader(file, delimiter=layout.delimiter)
         before = 0
         while True:
-            line = rows.line_num + 2
+            line = records.line_num + 2
             try:
-                cells = next(rows)
+                cells = next(records)
             except StopIteration:
                 break
             except csv.Error as error:
                 raise UserError(f"{path}: line {line}: {error}; check its quotes") from None
             before += 1
-            if not cells:
-                continue
-            if len(cells) <= widest:
-                reading.drop("too few columns", line)
-                continue
-            yield line, {column: cells[index] for column, index in where.items()}
+            if cells:
+                yield line, cells
         if not before:
             raise UserError(f"{path}: no rows below the header")
+
+
+def csv_rows(path: Path, layout: Layout, reading: Reading) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, the layout's columns) of every record that has them."""
+    widest = max(layout.where.values())
+    for line, cells in csv_records(path, layout):
+        if len(cells) > widest:
+            yield line, {column: cells[index] for column, index in layout.where.items()}
+        else:
+            reading.drop("too few columns", line)
+
+
+def read_csv(
+    path: Path, columns: Sequence[str], reading: Reading, older: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, the named columns) of every record."""
+    yield from csv_rows(path, layout_of(path, columns, reading, older), reading)
 
 
 def read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:

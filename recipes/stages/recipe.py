@@ -65,6 +65,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """How rare classes are learned, for recipes whose answer is one of a closed set."""
+
+    class_weights: Literal["none", "balanced", "effective"] = "none"
+    """Weight of an example in the loss by how often its class is drawn: balanced is n / (classes x n_class), effective
+    levels off for classes that have many rows."""
+    weight_cap: float = 10.0
+    """No weight is larger than this; the average over the drawn examples is 1."""
+    focal_gamma: float = 0.0
+    """Focal loss: examples count by (1 - p) to this power, p the probability of the whole answer; 0 turns it off."""
+    logit_adjustment: float = 0.0
+    """Prior correction: a class must win by as much more as it is rarer, to this power (1 is the usual); 0 is off."""
+    sampler: Literal["none", "weighted", "sqrt"] = "none"
+    """How often a class is drawn: by its size, all classes alike, or by the square root of its size."""
+    oversample_to: int = 0
+    """Classes with fewer rows are repeated until they have this many; 0 repeats none."""
+    eval_rows: int = 400
+    """Rows of the validation split, every class among them, by which the best checkpoint is chosen."""
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How an answer is drawn."""
 
@@ -91,11 +112,18 @@ class Example:
     messages: tuple[Message, ...]
     label: str | None = None
     """The class, where the answer is one of a closed set."""
+    source: str | None = None
+    """The row's own text, where the prompt holds more than that."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
         """The conversation up to the last answer."""
         return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def text(self) -> str:
+        """What was asked."""
+        return self.prompt[-1].content if self.source is None else self.source
 
     @property
     def answer(self) -> str:
@@ -169,14 +197,17 @@ class Recipe:
     read: Callable[[Path, Any, Reading], Iterator[Row]]
     """Source file, options, report -> cleaned rows."""
     to_example: Callable[[Row], Example]
-    score: Callable[[Sequence[Prediction]], dict[str, Any]]
-    """Answered test examples -> metrics."""
+    score: Callable[[Sequence[Prediction]], dict[str, Any]] | None = None
+    """Answered test examples -> metrics, for recipes that answer in free text."""
     options: Any = NoOptions()
     """An instance of a dataclass of what this recipe's reader can be told; its fields become flags of prepare."""
     plain_template: str | None = None
     """Chat template (Jinja) for base models that have none of their own."""
     stop_phrase: str | None = None
     """Every answer is trained to end with this, and answering stops there."""
+    balance: Balance | NoOptions = NoOptions()
+    """A Balance where the answer is one of a closed set (split.by names the row field that holds it): answers are
+    then scored instead of generated, and the best checkpoint is kept."""
     sampling: Sampling = Sampling()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> settings that differ."""
@@ -184,8 +215,15 @@ class Recipe:
     """Settings that differ at the sizes tiny and small, whose random weights need a higher learning rate."""
     ask: Callable[[str], tuple[Message, ...]] = lambda text: (Message("user", text),)
     """One user text -> prompt, for predict and chat."""
+    text_column: str = "text"
+    """Column of a file whose rows are to be answered."""
     notice: str | None = None
     """A line that follows every answer."""
+
+    @property
+    def closed(self) -> bool:
+        """The answer is one of a closed set."""
+        return isinstance(self.balance, Balance)
 
     @property
     def stop(self) -> tuple[str, ...]:

@@ -20,17 +20,25 @@ ROOT = Path("runs")
 
 
 @contextmanager
-def writing(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """A text file that appears under its name when it is finished, or not at all."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to beside the real one, whose place it takes when all is written."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    beside = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline=newline) as file:
-            yield file
+        yield beside
         os.chmod(beside, 0o644)
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """A text file that appears under its name when it is finished, or not at all."""
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline=newline) as file:
+        yield file
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -98,6 +106,14 @@ def new_run(recipe: Recipe, path: Path | None = None) -> Run:
     run = Run(path)
     run.logs.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def place_beside(path: Path | None) -> Path:
+    """A folder that exists, on the file system where the run will be."""
+    place = path or ROOT
+    while not place.is_dir():
+        place = place.parent
+    return place
 
 
 def find_run(recipe: Recipe, path: Path | None, wanted: Callable[[Run], bool], remedy: str) -> Run:

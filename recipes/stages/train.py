@@ -1,21 +1,27 @@
 """data/ -> adapter/: the one training loop of this project, which bench measures too."""
 
 import hashlib
+import json
 import math
 import os
+import random
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from fallback.choose import Choice
-from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer
+from fallback.choose import Backend, CannotRun, Choice, choose
+from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
+from recipes.stages.classifier import Known
 from recipes.stages.console import progress, say
-from recipes.stages.recipe import Example, Recipe, Settings, UserError
+from recipes.stages.recipe import Balance, Example, Recipe, Settings, UserError
 from recipes.stages.render import Rendered, Renderer
-from recipes.stages.run import Run, read_jsonl, write_json, writing
+from recipes.stages.run import Run, find_run, read_json, read_jsonl, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ def examples(recipe: Recipe, run: Run, split: str) -> list[Example]:
 
 
 def optimizer_steps(rows: int, settings: Settings) -> int:
-    """As transformers' Trainer counts them."""
+    """As transformers' Trainer counts them; rows are those that an epoch draws."""
     per_epoch = max(1, math.ceil(math.ceil(rows / settings.batch_size) / settings.accumulation))
     steps = math.ceil(per_epoch * settings.epochs)
     return min(steps, settings.max_steps) if settings.max_steps else steps
@@ -90,7 +96,7 @@ def start_lora(network: Any, settings: Settings) -> None:
             weight.copy_(start)
 
 
-def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int) -> Any:
+def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, evaluations: int) -> Any:
     """Settings -> SFTConfig: the one place where our names meet TRL's."""
     from trl import SFTConfig
 
@@ -117,7 +123,10 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int) -> A
         report_to=["tensorboard"],
         disable_tqdm=True,
         save_strategy="no",
-        eval_strategy="no",
+        eval_strategy="steps" if evaluations else "no",
+        eval_steps=math.ceil(steps / evaluations) if evaluations else None,
+        metric_for_best_model="eval_f1_macro" if evaluations else None,
+        greater_is_better=True if evaluations else None,
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -127,9 +136,10 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int) -> A
 
 def render_all(
     renderer: Renderer, items: Iterable[Example], max_length: int, what: str
-) -> tuple[list[Rendered], dict[str, int]]:
-    """Tokens of every example, and how many had to be shortened or left out."""
+) -> tuple[list[Example], list[Rendered], dict[str, int]]:
+    """The examples that fit, their tokens, and how many had to be shortened or left out."""
     items = list(items)
+    kept: list[Example] = []
     rendered: list[Rendered] = []
     shortened = 0
     with progress(f"reading {what}", "examples") as bar:
@@ -137,21 +147,97 @@ def render_all(
         for example in items:
             tokens = renderer.example(example, max_length)
             if tokens is not None:
+                kept.append(example)
                 rendered.append(tokens)
                 shortened += tokens.cut_tokens > 0
             bar.advance(task)
-    return rendered, {"examples": len(rendered), "shortened": shortened, "left_out": len(items) - len(rendered)}
+    left_out = len(items) - len(rendered)
+    return kept, rendered, {"examples": len(rendered), "shortened": shortened, "left_out": left_out}
 
 
-def train(recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: Choice) -> dict[str, Any]:
+# A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
+_VALIDATION_COST = 0.6
+# Share of the training time that choosing the best checkpoint may cost.
+_VALIDATION_SHARE = 0.08
+
+
+def evaluations(steps: int, settings: Settings, validation_rows: int) -> int:
+    """How many evaluations the training can afford; the last one is at its end."""
+    trained_rows = steps * settings.batch_size * settings.accumulation
+    return max(1, min(20, int(_VALIDATION_SHARE * trained_rows / (_VALIDATION_COST * validation_rows))))
+
+
+def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Example]:
+    """A sample of about `rows` examples in which every class has its share, and at least two of its own."""
+    by_class: dict[str | None, list[int]] = {}
+    for index, example in enumerate(items):
+        by_class.setdefault(example.label, []).append(index)
+    chosen: list[int] = []
+    for label, members in by_class.items():
+        count = min(len(members), max(2, round(rows * len(members) / len(items))))
+        chosen += random.Random(f"{seed} {label}").sample(members, count)
+    return [items[index] for index in sorted(chosen)]
+
+
+@dataclass
+class Validation:
+    """Answers a part of the validation split as evaluate will answer the test split, and calibrates on it."""
+
+    model: Model
+    items: Sequence[Example]
+    weights: Any
+    """Of each item: the sample holds more of the rare classes than the split does."""
+    train_rows: dict[str, int]
+    max_length: int
+    temperature: float = 1.0
+    seconds: float = 0.0
+
+    @classmethod
+    def on(cls, model: Model, split: Sequence[Example], train: Sequence[Example], rows: int, settings: Settings) -> Any:
+        import numpy as np
+
+        items = keeping_classes(split, rows, settings.seed)
+        whole, part = Counter(e.label for e in split), Counter(e.label for e in items)
+        weights = np.array([whole[e.label] / part[e.label] for e in items])
+        train_rows = {str(label): count for label, count in Counter(e.label for e in train).most_common()}
+        return cls(model, items, weights, train_rows, settings.max_length)
+
+    def __call__(self) -> dict[str, float]:
+        import numpy as np
+
+        from recipes.stages.classes import averages
+        from recipes.stages.confidence import fit_temperature
+        from recipes.stages.scoring import Codes, score
+
+        began = time.perf_counter()
+        codes = Codes(self.model.renderer, self.train_rows)
+        true = [example.answer for example in self.items]
+        prompts = [example.prompt for example in self.items]
+        log_p = score(self.model, codes, prompts, self.max_length, include=true).log_p
+        predicted = [codes.names[i] for i in log_p.argmax(axis=1)]
+        of_true = log_p[np.arange(len(true)), [codes.index[name] for name in true]]
+        correct = np.array([t == p for t, p in zip(true, predicted, strict=True)])
+        self.temperature = fit_temperature(log_p, correct, self.weights)
+        found = averages(true, predicted, self.weights)
+        self.seconds += time.perf_counter() - began
+        return {
+            "loss": float(-(self.weights * of_true).sum() / self.weights.sum()),
+            **{name: found[name] for name in ("f1_macro", "f1_micro", "accuracy")},
+        }
+
+
+def train(
+    recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None
+) -> dict[str, Any]:
     """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics."""
     began = time.perf_counter()
     say(f"loading {choice.backend} and the model …")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
-    from recipes.stages.trainer import Batches, RecipeTrainer, StepRecord, dataset
+    from recipes.stages.losses import Objective, draws
+    from recipes.stages.trainer import Batches, Drawn, KeepBest, RecipeTrainer, StepRecord, dataset
 
-    rendered, counts = render_all(
+    items, rendered, counts = render_all(
         model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
     )
     if not rendered:
@@ -161,16 +247,27 @@ def train(recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: 
             f"max_length {settings.max_length}: {counts['shortened']} inputs were shortened and {counts['left_out']} "
             "examples left out because their answer alone is longer; raise --max-length to keep them whole"
         )
-    steps = optimizer_steps(len(rendered), settings)
+    classes, drawn, objective, validation = [0] * len(items), [len(items)], None, None
+    if isinstance(balance, Balance):
+        validation = Validation.on(model, examples(recipe, run, "val"), items, balance.eval_rows, settings)
+        names = list(validation.train_rows)
+        classes = [names.index(str(example.label)) for example in items]
+        sizes = list(validation.train_rows.values())
+        drawn, objective = draws(sizes, balance), Objective.of(sizes, balance)
+    steps = optimizer_steps(sum(drawn), settings)
     trainable = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     say(
-        f"training {trainable:,} parameters on {len(rendered):,} examples: {steps:,} steps "
+        f"training {trainable:,} parameters on {sum(drawn):,} examples: {steps:,} steps "
         f"of {settings.batch_size} x {settings.accumulation}, backend {choice.backend}, {choice.dtype}"
     )
     say(f"watch it: tensorboard --logdir {run.logs}")
 
     losses: list[float] = []
-    with progress("training", "steps") as bar, writing(run.path / "steps.jsonl") as steps_file:
+    with (
+        progress("training", "steps") as bar,
+        writing(run.path / "steps.jsonl") as steps_file,
+        writing(run.path / "validation.jsonl") as validation_file,
+    ):
         task = bar.add_task("", total=steps)
 
         def on_step(step: dict[str, Any], total: int) -> None:
@@ -185,24 +282,45 @@ def train(recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: 
                     markup=False,
                 )
 
+        def on_validation(step: int, metrics: dict[str, float], better: bool) -> None:
+            validation_file.write(json.dumps({"step": step, **metrics}) + "\n")
+            bar.console.print(
+                f"validation at step {step}: macro F1 {metrics['eval_f1_macro']:.4f}, accuracy "
+                f"{metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}" + (", the best so far" * better),
+                markup=False,
+            )
+
+        def keep() -> None:
+            save_adapter(model, run, Known(validation.train_rows, validation.temperature) if validation else None)
+
         record = StepRecord(steps_file, on_step)
+        best = KeepBest("eval_f1_macro", keep, on_validation) if validation else None
         trainer = RecipeTrainer(
+            sampler=Drawn(classes, drawn, settings.seed),
+            objective=objective,
+            validate=validation,
             model=model.network,
-            args=sft_arguments(settings, choice, run, steps),
-            train_dataset=dataset(rendered),
+            args=sft_arguments(
+                settings, choice, run, steps, evaluations(steps, settings, len(validation.items)) if validation else 0
+            ),
+            train_dataset=dataset(rendered, classes if objective else None),
+            eval_dataset=dataset(rendered[:1]) if validation else None,
             processing_class=model.tokenizer,
             data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3"),
-            callbacks=[record],
+            callbacks=[record, best] if best else [record],
         )
         record.trainer = trainer
         loaded = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-    save_adapter(model, run)
+        if not best:
+            keep()
+    if not validation:
+        (run.path / "validation.jsonl").unlink()
     # The trainer makes its folder whether or not it has anything to put there.
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     window = max(1, min(10, len(losses) // 5))
-    return {
+    measured = {
         "trainable_parameters": trainable,
         "optimizer_steps": len(losses),
         "supervised_tokens": int(trainer.supervised_tokens),
@@ -212,24 +330,38 @@ def train(recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: 
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trained - loaded, 2),
     }
+    if validation and best:
+        measured.update(
+            best_step=best.best_step,
+            best_eval_f1_macro=trainer.state.best_metric,
+            temperature=validation.temperature,
+            validation_seconds=round(validation.seconds, 2),
+        )
+        say(
+            f"kept the adapter of step {best.best_step}, macro F1 {trainer.state.best_metric:.4f} on validation; "
+            f"validating took {validation.seconds / (trained - loaded):.1%} of the time"
+        )
+    return measured
 
 
-def save_adapter(model: Model, run: Run) -> None:
+def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
     beside = run.path / ".adapter.making"
     shutil.rmtree(beside, ignore_errors=True)
     model.network.save_pretrained(beside)
     model.tokenizer.save_pretrained(beside)
+    if known:
+        known.write(beside)
     shutil.rmtree(run.adapter, ignore_errors=True)
     beside.replace(run.adapter)
 
 
-def record_choice(run: Run, settings: Settings, chosen: Chosen, choice: Choice) -> None:
+def record_choice(run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None) -> None:
     """Write down all decisions before anything is computed with them."""
     write_json(run.path / "choice.json", choice.as_json())
-    write_json(
-        run.config,
-        {"base_model": asdict(chosen), "notice": chosen.description, "settings": asdict(settings)},
-    )
+    config = {"base_model": asdict(chosen), "notice": chosen.description, "settings": asdict(settings)}
+    if isinstance(balance, Balance):
+        config["balance"] = asdict(balance)
+    write_json(run.config, config)
 
 
 def show(recipe: Recipe, run: Run, chosen: Chosen, count: int) -> None:
@@ -250,3 +382,22 @@ def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_l
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     network = backend.load_adapter(backend.load(chosen.source, choice, max_length), str(run.adapter))
     return Model(backend.for_inference(network), tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
+
+
+def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tuple[Run, Chosen, Choice, int]:
+    """A trained run and what to answer with: its own backend where that can run here."""
+    remedy = f"train one first: python -m recipes.{recipe.name} train"
+    run = find_run(recipe, path, lambda run: run.trained, remedy)
+    config = read_json(run.config)
+    chosen = Chosen(**config["base_model"])
+    trained_with = read_json(run.path / "choice.json")["backend"]
+    kind = model_type(recipe, chosen)
+    quantization = config["settings"]["quantization"]
+    try:
+        choice = choose(kind, trained_with if wanted == "auto" else wanted, quantization)
+    except CannotRun:
+        if wanted != "auto":
+            raise
+        choice = choose(kind, "auto", quantization)
+    print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
+    return run, chosen, choice, config["settings"]["max_length"]

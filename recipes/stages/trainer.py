@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our order of batches and our record of steps.
+"""TRL's SFTTrainer with our order of batches, our loss on whole answers and our record of steps.
 
 Import this only after a backend has loaded its libraries: Unsloth puts a class of its own under the name
 SFTTrainer, and ours must inherit from whichever is there.
@@ -6,13 +6,14 @@ SFTTrainer, and ours must inherit from whichever is there.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from recipes.stages.losses import Objective
 from recipes.stages.render import IGNORED, Rendered
 
 
@@ -39,40 +40,102 @@ class Batches:
         }
         if self.token_types:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        if "class" in examples[0]:
+            batch["class"] = torch.tensor([example["class"] for example in examples])
         return batch
 
 
-class Shuffled(torch.utils.data.Sampler[int]):
-    """A different order every epoch, decided by the seed alone: both backends see the same batches."""
+def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens of each row that carry loss; a row's first token has nothing before it to be predicted from."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(-1)
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+
+class Drawn(torch.utils.data.Sampler[int]):
+    """A different order every epoch, decided by the seed alone: both backends, every process and a resumed run see
+    the same batches.
+
+    Each class is drawn as often as `draws` says, its rows in turn: none comes up a second time before all have
+    come up once. Over several processes the data loader deals these out like any other order.
+    """
+
+    def __init__(self, classes: Sequence[int], draws: Sequence[int], seed: int):
+        self.members = [
+            torch.tensor([row for row, c in enumerate(classes) if c == index]) for index in range(len(draws))
+        ]
+        self.draws, self.seed, self.epoch = draws, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return sum(self.draws)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        drawn = []
+        for members, count in zip(self.members, self.draws, strict=True):
+            turns = -(-count // len(members))
+            in_turn = [members[torch.randperm(len(members), generator=generator)] for _ in range(turns)]
+            drawn.append(torch.cat(in_turn)[:count])
+        rows = torch.cat(drawn)
+        return iter(rows[torch.randperm(len(rows), generator=generator)].tolist())
 
 
 class RecipeTrainer(SFTTrainer):
     supervised_tokens: torch.Tensor | int = 0
+    negative_log_likelihood: torch.Tensor | float = 0.0
 
-    def __init__(self, **arguments: Any):
+    def __init__(
+        self,
+        sampler: Drawn,
+        objective: Objective | None = None,
+        validate: Callable[[], dict[str, float]] | None = None,
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
+        self.sampler, self.objective, self.validate = sampler, objective, validate
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
-        return Shuffled(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Drawn:
+        return self.sampler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        # The first token of a row has nothing before it to be predicted from.
-        self.supervised_tokens += (inputs["labels"][:, 1:] != IGNORED).sum()
+        self.supervised_tokens += supervised(inputs).sum()
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base
+        class, and the count of tokens inside it, so the weighted count is put in place out here."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.objective is not None and batches:
+            masses = [self.objective.mass(supervised(batch), batch["class"]) for batch in batches]
+            count = torch.stack(masses).sum().to(device)
+            if self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+        return batches, count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        classes = inputs.pop("class")
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        log_p = outputs.log_probs.sum(-1)
+        self.negative_log_likelihood -= log_p.detach().sum()
+        # The mass is that of all processes, whose gradients will be averaged.
+        return self.objective.loss(log_p, classes, num_items_in_batch) * self.accelerator.num_processes
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """By answers, not by tokens: what counts is whether the code is right."""
+        assert self.validate is not None
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self.validate().items()}
+        self.log(dict(metrics))
+        self.model.train()
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 class StepRecord(TrainerCallback):
@@ -81,7 +144,7 @@ class StepRecord(TrainerCallback):
     def __init__(self, file: IO[str], on_step: Any):
         self.file, self.on_step = file, on_step
         self.trainer: RecipeTrainer | None = None
-        self.seen = 0
+        self.seen, self.seen_likelihood = 0, 0.0
         self.began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,13 +163,46 @@ class StepRecord(TrainerCallback):
             "supervised_tokens": total - self.seen,
             "seconds": round(time.perf_counter() - self.began, 6),
         }
+        if self.trainer.objective is not None:
+            # The loss may be weighted or focused; this is comparable between runs.
+            likelihood = float(self.trainer.negative_log_likelihood)
+            step["cross_entropy"] = (likelihood - self.seen_likelihood) / max(1, step["supervised_tokens"])
+            self.seen_likelihood = likelihood
         self.seen = total
         self.file.write(json.dumps(step) + "\n")
         self.file.flush()
         self.on_step(step, state.max_steps)
 
 
-def dataset(rendered: list[Rendered]) -> Any:
+class KeepBest(TrainerCallback):
+    """Saves the adapter at every evaluation that is better than all before: what was reached is never lost again."""
+
+    def __init__(
+        self, metric: str, save: Callable[[], None], on_evaluation: Callable[[int, dict[str, float], bool], None]
+    ):
+        self.metric, self.save, self.on_evaluation = metric, save, on_evaluation
+        self.best_step: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        # The trainer notes the new best metric in its state only after this.
+        better = state.best_metric is None or metrics[self.metric] > state.best_metric
+        if better:
+            self.save()
+            self.best_step = state.global_step
+        self.on_evaluation(state.global_step, metrics, better)
+
+
+def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_dict({"input_ids": [r.input_ids for r in rendered], "labels": [r.labels for r in rendered]})
+    columns: dict[str, Any] = {
+        "input_ids": [r.input_ids for r in rendered],
+        "labels": [r.labels for r in rendered],
+    }
+    if classes is not None:
+        columns["class"] = list(classes)
+    return Dataset.from_dict(columns)

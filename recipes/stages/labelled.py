@@ -1,0 +1,417 @@
+"""A file of labelled texts -> cleaned, split -> data/, by columns instead of rows.
+
+Millions of rows pass through in blocks: the first pass cleans and keeps of each row its label's number and a hash
+of its text, which is all that the split needs; the second writes. Sound files are parsed by pyarrow; whatever it
+refuses (ragged rows, open quotes) is read by Python's csv module, whose reading is the one that counts.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv as pa_csv
+
+from recipes.stages.read import Layout, csv_rows, fold, layout_of
+from recipes.stages.recipe import Reading, Row, Split, UserError
+from recipes.stages.run import writing
+
+_BLOCK = 1 << 22
+_SLOW_BLOCK = 50_000
+# What fold changes: white space at an end, two in a row, or one that is no plain space. RE2's \s is ASCII only.
+_WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+_UNTIDY = rf"^ | $|  |[{_WHITE.replace(' ', '')}]"
+_TO_ESCAPE = r'["\\\x00-\x1f]'
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the reader can be told about an export."""
+
+    text_column: str = "text"
+    """Column with the text."""
+    label_column: str = "label"
+    """Column with the class; classes are text, leading zeros stay."""
+    min_samples_per_class: int = 10
+    """Classes with fewer rows are dropped: nothing can be learned or measured on them."""
+    allow_leak: bool = False
+    """Let identical texts fall into different splits; the test then measures partly what was learned by heart."""
+
+
+class Block(NamedTuple):
+    texts: pa.Array
+    labels: pa.Array
+    first: int
+    """Number of the first record."""
+
+
+@dataclass
+class Cleaned:
+    """The file after its first pass: everything but the texts themselves, which lie in a scratch file."""
+
+    scratch: Path
+    names: list[str] = field(default_factory=list)
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    texts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """A number for every text: the same for identical texts."""
+    dropped: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Reason -> numbers of the records."""
+
+
+class _Unsound(Exception):
+    """Not for pyarrow."""
+
+
+def read(source: Path, columns: Columns, reading: Reading, older: Sequence[str] = ("cp1251",)) -> Iterator[Row]:
+    """Row by row, for files that fit into memory as Python objects."""
+    layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
+    for line, cells in csv_rows(source, layout, reading):
+        text, label = fold(cells[columns.text_column]), cells[columns.label_column].strip()
+        if text and label:
+            yield {"text": text, "label": label}
+        else:
+            reading.drop("empty text" if not text else "empty label", line)
+
+
+def prepare(
+    source: Path, columns: Columns, split: Split, seed: int, folder: Path, older: Sequence[str] = ("cp1251",)
+) -> dict[str, Any]:
+    """Write train, val and test, conflicts.csv, class_weights.json and classes.svg into folder; returns what
+    metadata.json says."""
+    reading = Reading(source)
+    layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
+    scratch = folder / ".texts"
+    try:
+        try:
+            cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
+        except (_Unsound, pa.ArrowInvalid):
+            reading.dropped.clear()
+            cleaned = _clean(_slow_blocks(source, layout, columns, reading), scratch)
+        return _split_and_write(source, layout, columns, split, seed, folder, cleaned, reading)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Block]:
+    names = [f"c{i}" for i in range(layout.width)]
+    wanted = [names[layout.where[name]] for name in (columns.text_column, columns.label_column)]
+
+    def refuse(row: Any) -> str:
+        raise _Unsound
+
+    with source.open("rb") as file:
+        reader = pa_csv.open_csv(
+            file,
+            pa_csv.ReadOptions(
+                block_size=_BLOCK, column_names=names, skip_rows=1,
+                encoding="utf8" if layout.encoding == "utf-8-sig" else layout.encoding,
+            ),
+            pa_csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=refuse),
+            pa_csv.ConvertOptions(
+                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
+            ),
+        )  # fmt: skip
+        first = 0
+        for batch in reader:
+            yield Block(batch.column(0), batch.column(1), first)
+            first += batch.num_rows
+
+
+def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Reading) -> Iterator[Block]:
+    rows = csv_rows(source, layout, reading)
+    first = 0
+    while some := list(islice(rows, _SLOW_BLOCK)):
+        texts = [cells[columns.text_column] for _, cells in some]
+        labels = [cells[columns.label_column] for _, cells in some]
+        # Here the line is known; elsewhere it is looked up when it is asked for.
+        yield Block(pa.array(texts, pa.string()), pa.array(labels, pa.string()), first)
+        first += len(some)
+
+
+def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
+    cleaned = Cleaned(scratch)
+    index: dict[str, int] = {}
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    schema = pa.schema([("text", pa.string())])
+    with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, schema) as kept:
+        for block in _ahead(blocks):
+            texts, labels = _folded(block.texts), pc.utf8_trim_whitespace(block.labels)
+            no_text = pc.equal(pc.binary_length(texts), 0)
+            no_label = pc.equal(pc.binary_length(labels), 0)
+            usable = pc.invert(pc.or_(no_text, no_label))
+            if not pc.all(usable).as_py():
+                for reason, which in (("empty text", no_text), ("empty label", pc.and_not(no_label, no_text))):
+                    found = np.flatnonzero(np.asarray(which)) + block.first
+                    if len(found):
+                        cleaned.dropped.setdefault(reason, []).append(found)
+                texts, labels = texts.filter(usable), labels.filter(usable)
+            coded = labels.dictionary_encode()
+            numbers = np.array([index.setdefault(name, len(index)) for name in coded.dictionary.to_pylist()], np.int32)
+            hashes = np.fromiter(map(hash, texts.to_pylist()), np.int64, len(texts))
+            parts.append((numbers[np.asarray(coded.indices)], hashes))
+            kept.write_batch(pa.record_batch([texts], schema))
+    if parts:
+        cleaned.labels, cleaned.texts = (np.concatenate(some) for some in zip(*parts, strict=True))
+    cleaned.names = list(index)
+    return cleaned
+
+
+def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The next block is parsed while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
+
+
+def _folded(texts: pa.Array) -> pa.Array:
+    untidy = pc.match_substring_regex(texts, _UNTIDY)
+    return _replaced(texts, untidy, fold)
+
+
+def _replaced(texts: pa.Array, where: pa.Array, change: Callable[[str], str]) -> pa.Array:
+    """The few that need it go through Python, the others stay where they are."""
+    some = texts.filter(where).to_pylist()
+    return pc.replace_with_mask(texts, where, pa.array(map(change, some), pa.string())) if some else texts
+
+
+def _split_and_write(
+    source: Path,
+    layout: Layout,
+    columns: Columns,
+    split: Split,
+    seed: int,
+    folder: Path,
+    cleaned: Cleaned,
+    reading: Reading,
+) -> dict[str, Any]:
+    sizes = np.bincount(cleaned.labels, minlength=len(cleaned.names))
+    rare = sizes < columns.min_samples_per_class
+    if (~rare).sum() < 2:
+        raise UserError(
+            f"{source}: {(~rare).sum()} codes have {columns.min_samples_per_class} rows or more, and two are needed to "
+            "tell apart; add rows or lower --min-samples-per-class"
+        )
+    keep = ~rare[cleaned.labels]
+    belongs = np.full(len(keep), -1, np.int8)
+    belongs[keep] = _assign(cleaned.labels[keep], cleaned.texts[keep], split, seed, columns.allow_leak)
+    totals = np.stack([np.bincount(cleaned.labels[belongs == s], minlength=len(cleaned.names)) for s in range(3)])
+    empty = [name for name, count in zip(SPLITS, totals.sum(axis=1), strict=True) if not count]
+    if empty:
+        raise UserError(
+            f"{source}: {keep.sum()} usable rows leave nothing for the {' and '.join(empty)} split; "
+            "more rows are needed"
+        )
+    twice, in_conflict, leaking = _identical(cleaned, keep, belongs)
+    longest = _write(folder, cleaned, belongs, in_conflict)
+    order = [int(i) for i in np.argsort(-sizes, kind="stable") if not rare[i]]
+    by_class = {cleaned.names[i]: int(sizes[i]) for i in order}
+    train = {cleaned.names[i]: int(totals[0][i]) for i in order}
+    with writing(folder / "class_weights.json") as file:
+        total = sum(train.values())
+        json.dump({name: total / (len(train) * count) for name, count in train.items()}, file, indent=2)
+    with writing(folder / "classes.svg") as file:
+        file.write(_bars(by_class))
+    few = {f"class with fewer than {columns.min_samples_per_class} rows": {"rows": int((~keep).sum())}}
+    return {
+        **reading.notes,
+        "dropped_classes": {
+            cleaned.names[i]: int(sizes[i]) for i in sorted(np.flatnonzero(rare), key=lambda i: (-sizes[i], i))
+        },
+        "rows": int(keep.sum()),
+        "dropped": _dropped(source, layout, cleaned, reading) | (few if rare.any() else {}),
+        "identical_texts": {
+            "texts": twice,
+            "in_more_than_one_split": leaking,
+            "with_different_labels": len(in_conflict),
+        },
+        "longest_text_bytes": longest,
+        "splits": {
+            name: {"rows": int(totals[s].sum()), "label": {cleaned.names[i]: int(totals[s][i]) for i in order}}
+            for s, name in enumerate(SPLITS)
+        },
+    }
+
+
+SPLITS = ("train", "val", "test")
+
+
+def _assign(labels: np.ndarray, texts: np.ndarray, split: Split, seed: int, allow_leak: bool) -> np.ndarray:
+    """0, 1 or 2 for every row: train, val, test. Identical texts go as one; every class has its share everywhere,
+    and something in train."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    if allow_leak:
+        unit = np.arange(len(texts))
+        unit_labels, unit_sizes = labels, np.ones(len(texts), np.int64)
+    else:
+        _, first, unit, unit_sizes = np.unique(texts, return_index=True, return_inverse=True, return_counts=True)
+        # The hash differs from process to process: units are numbered by where they first occur.
+        rank = np.empty(len(first), np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        unit = rank[unit]
+        by_rank = np.argsort(rank)
+        unit_labels, unit_sizes = labels[first[by_rank]], unit_sizes[by_rank]
+    order = np.lexsort((generator.random(len(unit_labels)), unit_labels))
+    sorted_labels, sorted_sizes = unit_labels[order], unit_sizes[order]
+    starts = np.flatnonzero(np.r_[True, sorted_labels[1:] != sorted_labels[:-1]])
+    running = np.cumsum(sorted_sizes)
+    before = np.r_[0, running[:-1]]
+    group = np.cumsum(np.r_[True, sorted_labels[1:] != sorted_labels[:-1]]) - 1
+    total = np.add.reduceat(sorted_sizes, starts)
+    # The first text of a class is for training; then validation takes its share, then the test.
+    first_size = sorted_sizes[starts]
+    validation, test = np.rint(total * split.validation), np.rint(total * split.test)
+    place = before - before[starts][group] - first_size[group]
+    middle = place + sorted_sizes / 2
+    belongs_unit = np.zeros(len(order), np.int8)
+    inside = place >= 0
+    belongs_unit[inside & (middle < validation[group])] = 1
+    belongs_unit[inside & (middle >= validation[group]) & (middle < (validation + test)[group])] = 2
+    of_unit = np.empty(len(order), np.int8)
+    of_unit[order] = belongs_unit
+    return of_unit[unit]
+
+
+def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple[int, set[int], int]:
+    """How many texts occur more than once, which of them under different labels, and how many in several splits."""
+    texts = cleaned.texts[keep]
+    order = np.argsort(texts, kind="stable")
+    ordered = texts[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    counts = np.diff(np.r_[starts, len(ordered)])
+    labels, splits = cleaned.labels[keep][order], belongs[keep][order]
+    differ = np.minimum.reduceat(labels, starts) != np.maximum.reduceat(labels, starts)
+    leak = np.minimum.reduceat(splits, starts) != np.maximum.reduceat(splits, starts)
+    return int((counts > 1).sum()), set(ordered[starts[differ]].tolist()), int(leak.sum())
+
+
+def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
+    """The texts once more, into their splits; the same rows as JSONL and as CSV. Returns the longest text's bytes."""
+    json_ends = pa.array([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
+    csv_ends = pa.array([f",{_csv_cell(name)}\n" for name in cleaned.names])
+    conflicts: dict[tuple[str, int], int] = {}
+    conflicting = np.array(sorted(in_conflict), np.int64)
+    longest = at = 0
+    files = {(name, kind): (folder / f"{name}.{kind}").open("wb") for name in SPLITS for kind in ("jsonl", "csv")}
+    try:
+        for name in SPLITS:
+            files[name, "csv"].write(b"text,label\n")
+        with pa.memory_map(str(cleaned.scratch)) as mapped, ThreadPoolExecutor(2) as pool:
+            reader = pa.ipc.open_file(mapped)
+            for number in range(reader.num_record_batches):
+                texts = reader.get_batch(number).column(0)
+                here = slice(at, at + len(texts))
+                at += len(texts)
+                labels, split = pa.array(cleaned.labels[here]), belongs[here]
+                masks = [pa.array(split == s) for s in range(3)]
+                longest = max(longest, pc.max(pc.binary_length(texts)).as_py() or 0)
+                work = [
+                    pool.submit(_write_lines, form, texts, labels, ends, masks, [files[name, kind] for name in SPLITS])
+                    for kind, form, ends in (("jsonl", _as_json, json_ends), ("csv", _as_csv, csv_ends))
+                ]
+                for done in work:
+                    done.result()
+                if len(conflicting):
+                    some = np.flatnonzero(np.isin(cleaned.texts[here], conflicting) & (split >= 0))
+                    for text, label in zip(
+                        texts.take(pa.array(some)).to_pylist(), cleaned.labels[here][some], strict=True
+                    ):
+                        conflicts[text, int(label)] = conflicts.get((text, int(label)), 0) + 1
+    finally:
+        for file in files.values():
+            file.close()
+    with writing(folder / "conflicts.csv", newline="") as table:
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(["text", "label", "rows"])
+        rows.writerows([text, cleaned.names[label], count] for (text, label), count in sorted(conflicts.items()))
+    return longest
+
+
+def _write_lines(
+    form: Callable[[pa.Array, pa.Array], pa.Array],
+    texts: pa.Array,
+    labels: pa.Array,
+    ends: pa.Array,
+    masks: Sequence[pa.Array],
+    files: Sequence[Any],
+) -> None:
+    lines = form(texts, ends.take(labels))
+    for mask, file in zip(masks, files, strict=True):
+        chosen = lines.filter(mask)
+        _, offsets, data = chosen.buffers()
+        if len(chosen):
+            ends_at = np.frombuffer(offsets, np.int32, len(chosen) + 1, chosen.offset * 4)
+            file.write(memoryview(data)[ends_at[0] : ends_at[-1]])
+
+
+def _as_json(texts: pa.Array, ends: pa.Array) -> pa.Array:
+    escaped = _replaced(texts, pc.match_substring_regex(texts, _TO_ESCAPE), _json_inside)
+    return pc.binary_join_element_wise('{"text": "', escaped, '"', ends, "")
+
+
+def _json_inside(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise('"', pc.replace_substring(texts, '"', '""'), '"', ends, "")
+
+
+def _csv_cell(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
+
+
+def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -> dict[str, dict[str, Any]]:
+    """Counts and first lines by reason. Lines are looked up by reading the file once more, as far as is needed."""
+    found = {reason: np.concatenate(parts) for reason, parts in cleaned.dropped.items()}
+    wanted = {int(record) for records in found.values() for record in records[:20]}
+    lines: dict[int, int] = {}
+    if wanted:
+        for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
+            if record in wanted:
+                lines[record] = line
+                if len(lines) == len(wanted):
+                    break
+    return {
+        **{reason: {"rows": len(at), "first_lines": at[:20]} for reason, at in reading.dropped.items()},
+        **{
+            reason: {"rows": len(records), "first_lines": [lines[int(record)] for record in records[:20]]}
+            for reason, records in found.items()
+        },
+    }
+
+
+def _bars(sizes: dict[str, int]) -> str:
+    """The class distribution as a picture, drawn by hand: a plotting library would take longer than all the rest."""
+    bar, left, top, height = 13, 56, 34, 220
+    width = left + bar * len(sizes) + 16
+    most = max(sizes.values())
+    decades = math.ceil(math.log10(max(10, most)))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 64}" '
+        'font-family="sans-serif" font-size="10">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="18" font-size="13">Rows of each of the {len(sizes)} classes (logarithmic)</text>',
+    ]
+    for decade in range(decades + 1):
+        y = top + height - height * decade / decades
+        parts.append(f'<line x1="{left}" x2="{width - 16}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3:.1f}" text-anchor="end">{10**decade:,}</text>')
+    for place, (name, size) in enumerate(sizes.items()):
+        x, tall = left + bar * place, max(1.0, height * math.log10(max(1, size)) / decades)
+        label = name.replace("&", "&amp;").replace("<", "&lt;")
+        parts.append(
+            f'<rect x="{x + 1.5}" y="{top + height - tall:.1f}" width="{bar - 3}" height="{tall:.1f}" fill="#2b6cb0">'
+            f"<title>{label}: {size:,} rows</title></rect>"
+        )
+        parts.append(f'<text transform="translate({x + 9} {top + height + 6}) rotate(90)" font-size="9">{label}</text>')
+    return "\n".join([*parts, "</svg>\n"])

@@ -1,0 +1,431 @@
+"""The exact probability of every code, given a text.
+
+The codes' tokens form a tree. What all prompts begin with runs through the model once, each text once, and then
+the tree is walked from the most probable branch down, over the keys and values already computed, until what has
+not been looked at cannot matter any more. Nothing is sampled and nothing is parsed: the answer is always a code.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicLayer
+
+from recipes.stages.recipe import Example, Message
+from recipes.stages.render import Renderer
+from recipes.stages.train import Model
+
+TOLERANCE = 1e-4
+"""Share of the probability that may be left unexplored."""
+MOST_TOKENS = 16384
+CACHE_BYTES = 2**30
+"""Keys and values held at one time, where the user does not say how many tokens."""
+_AT_ONCE = 4
+
+
+@dataclass
+class Branch:
+    """Tokens after which codes part, or one ends."""
+
+    tokens: tuple[int, ...] = ()
+    code: int | None = None
+    """Index of the code that ends here."""
+    children: list["Branch"] = field(default_factory=list)
+    parent: "Branch | None" = None
+    rows: int = 0
+    """Training rows of the codes below: which way to look first."""
+
+    @property
+    def settled(self) -> bool:
+        """Its parent's distribution alone tells its probability."""
+        return self.code is not None and len(self.tokens) == 1
+
+
+def grow(answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Branch:
+    """The tree of the answers' tokens, with unbranching stretches in one piece. Every answer ends in an end marker,
+    so none is the beginning of another."""
+
+    def below(members: list[int], depth: int, tokens: tuple[int, ...]) -> Branch:
+        branch = Branch(tokens, rows=sum(rows[m] for m in members))
+        if len(members) == 1 and depth == len(answers[members[0]]):
+            branch.code = members[0]
+            return branch
+        by_token: dict[int, list[int]] = {}
+        for member in members:
+            by_token.setdefault(answers[member][depth], []).append(member)
+        for some in by_token.values():
+            first = answers[some[0]]
+            end = depth + 1
+            while end < len(first) and all(end < len(answers[m]) and answers[m][end] == first[end] for m in some):
+                end += 1
+            child = below(some, end, tuple(first[depth:end]))
+            child.parent = branch
+            branch.children.append(child)
+        branch.children.sort(key=lambda child: -child.rows)
+        return branch
+
+    return below(list(range(len(answers))), 0, ())
+
+
+class Codes:
+    """A closed set of answers as this model's tokens."""
+
+    def __init__(self, renderer: Renderer, train_rows: Mapping[str, int]):
+        self.names = list(train_rows)
+        self.index = {name: i for i, name in enumerate(self.names)}
+        answers = [_answer_tokens(renderer, name) for name in self.names]
+        self.root = grow(answers, list(train_rows.values()))
+        self.alphabet = sorted({token for answer in answers for token in answer})
+        self.column = {token: i for i, token in enumerate(self.alphabet)}
+
+
+def _answer_tokens(renderer: Renderer, name: str) -> list[int]:
+    rendered = renderer.example(Example((Message("user", "?"), Message("assistant", name))))
+    assert rendered is not None
+    return [token for token, label in zip(rendered.input_ids, rendered.labels, strict=True) if token == label]
+
+
+class _Room(DynamicLayer):
+    """Keys and values of one layer, with room for what comes: appending does not copy what is there."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.used = capacity, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, heads, new, width = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states.new_empty(rows, heads, max(new, self.capacity), width)
+            self.values = value_states.new_empty(rows, heads, max(new, self.capacity), value_states.shape[-1])
+        if self.used + new > self.keys.shape[2]:
+            more = (0, 0, 0, max(new, self.keys.shape[2] // 2))
+            self.keys, self.values = (torch.nn.functional.pad(held, more) for held in (self.keys, self.values))
+        self.keys[:, :, self.used : self.used + new] = key_states
+        self.values[:, :, self.used : self.used + new] = value_states
+        self.used += new
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def take(self, rows: torch.Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class _Context:
+    """A batch of rows that share a cache. Every column of it has a position in each row, or none where it is padding;
+    which columns a new token may look at is said outright, since positions and columns differ here."""
+
+    def __init__(self, network: Any, rows: int, capacity: int):
+        self.network = network
+        config = network.config.get_text_config()
+        self.window = getattr(config, "sliding_window", None) if _kinds(config) else None
+        self.kinds = _kinds(config)
+        self.cache = Cache(layers=[_Room(capacity) for _ in range(config.num_hidden_layers)])
+        self.positions = np.full((rows, 0), -1)
+
+    def begin_with(self, other: "_Context") -> None:
+        """Take over the keys and values of a context of one row, for all rows."""
+        rows = len(self.positions)
+        for mine, given in zip(self.cache.layers, other.cache.layers, strict=True):
+            if given.used:
+                mine.update(*(x[:, :, : given.used].expand(rows, -1, -1, -1) for x in (given.keys, given.values)))
+        self.positions = np.repeat(other.positions, rows, axis=0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        chosen = torch.tensor(rows, device=self.network.device)
+        for layer in self.cache.layers:
+            layer.take(chosen)
+        self.positions = self.positions[rows]
+
+    def read(
+        self, tokens: np.ndarray, positions: np.ndarray, path: np.ndarray, groups: np.ndarray, logits_from: int
+    ) -> torch.Tensor:
+        """Logits of the last columns of `tokens` (rows x new). `positions` is -1 at padding; `path` (rows x new x
+        columns so far) says which earlier columns a token follows; of the new ones it sees those of its own group
+        before it."""
+        new = tokens.shape[1]
+        among = np.tril(np.ones((new, new), dtype=bool)) & (groups[:, :, None] == groups[:, None, :])
+        allowed = np.concatenate([path, among & (positions >= 0)[:, None, :]], axis=2)
+        # A padding token that sees nothing would come out as NaN, and NaN spreads even with weight zero.
+        allowed[:, np.arange(new), path.shape[2] + np.arange(new)] = True
+        every = np.concatenate([self.positions, positions], axis=1)
+        masks = {"full_attention": allowed}
+        if self.window is not None:
+            near = positions[:, :, None] - every[:, None, :] < self.window
+            masks["sliding_attention"] = allowed & near
+        self.positions = every
+        device = self.network.device
+        ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
+        output = self.network(
+            input_ids=torch.from_numpy(tokens).to(device),
+            position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
+            attention_mask=ready if self.kinds else ready["full_attention"],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=logits_from,
+        )
+        return output.logits[:, -logits_from:]
+
+    def _as_model_wants(self, allowed: torch.Tensor) -> torch.Tensor:
+        if self.network.config.get_text_config()._attn_implementation == "sdpa":
+            return allowed
+        mask = torch.zeros(allowed.shape, dtype=self.network.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
+
+
+def _kinds(config: Any) -> bool:
+    """Whether layers differ in what they may look at, and want one mask per kind."""
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+
+
+@dataclass
+class Scores:
+    """Natural logarithm of each code's probability, a row per text and a column per code; -inf where it was not
+    looked at."""
+
+    log_p: np.ndarray
+    expansions: int = 0
+    """Branches looked into, over all texts."""
+
+
+def score(
+    model: Model,
+    codes: Codes,
+    prompts: Sequence[Sequence[Message]],
+    max_length: int | None = None,
+    tolerance: float = TOLERANCE,
+    batch_tokens: int | None = None,
+    done: Callable[[int], None] = lambda count: None,
+    include: Sequence[str] | None = None,
+    best_is_enough: bool = False,
+) -> Scores:
+    """Log-probabilities of codes in the order of the prompts.
+
+    tolerance 0 looks at all codes. best_is_enough stops as soon as no code can overtake the best; `include` names,
+    for each prompt, a code that is looked at in any case.
+    """
+    encoded = [tuple(model.renderer.prompt(messages, max_length)) for messages in prompts]
+    wanted = [codes.index[name] for name in include] if include is not None else [-1] * len(encoded)
+    same: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for row, key in enumerate(zip(encoded, wanted, strict=True)):
+        same.setdefault(key, []).append(row)
+    different = sorted(same, key=lambda key: len(key[0]), reverse=True)
+    scores = Scores(np.full((len(encoded), len(codes.names)), -np.inf))
+    if not different:
+        return scores
+    walk = _Walk(codes, tolerance, best_is_enough)
+    batch_tokens = batch_tokens or affordable_tokens(model.network)
+    with torch.inference_mode():
+        start = _shared_start(encoded)
+        prefix = _Context(model.network, 1, start)
+        if start:
+            _read_texts(prefix, [encoded[0][:start]])
+        for batch in _batches(different, start, codes, batch_tokens):
+            context = _Context(model.network, len(batch), len(batch[0][0]) + walk.room)
+            context.begin_with(prefix)
+            logits = _read_texts(context, [text[start:] for text, _ in batch])
+            states = walk.through(context, logits, [code for _, code in batch])
+            for key, state in zip(batch, states, strict=True):
+                for row in same[key]:
+                    scores.log_p[row] = state.closed
+                    scores.expansions += state.expansions
+                done(len(same[key]))
+    return scores
+
+
+def affordable_tokens(network: Any) -> int:
+    """As many tokens as CACHE_BYTES holds keys and values of."""
+    config = network.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * width * network.dtype.itemsize
+    return max(1024, min(MOST_TOKENS, CACHE_BYTES // per_token))
+
+
+def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; one is left to each, whose logits start the walk."""
+    first, last = min(map(tuple, encoded)), max(map(tuple, encoded))
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
+    return min(shared, min(map(len, encoded)) - 1)
+
+
+def _batches(different: list[Any], start: int, codes: Codes, batch_tokens: int) -> Iterator[list[Any]]:
+    """Like lengths together, as many rows as batch_tokens holds."""
+    at = 0
+    while at < len(different):
+        rows = max(1, batch_tokens // (len(different[at][0]) + len(codes.alphabet)))
+        yield different[at : at + rows]
+        at += rows
+
+
+def _read_texts(context: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Run the texts, padded on the left; logits after the last token of each."""
+    width, before = max(map(len, texts)), context.positions.shape[1]
+    tokens = np.zeros((len(texts), width), dtype=np.int64)
+    positions = np.full((len(texts), width), -1)
+    for row, text in enumerate(texts):
+        tokens[row, width - len(text) :] = text
+        positions[row, width - len(text) :] = before + np.arange(len(text))
+    path = np.broadcast_to((context.positions >= 0)[:, None, :], (len(texts), width, before))
+    return context.read(tokens, positions, path, np.zeros_like(tokens), 1)
+
+
+@dataclass
+class _State:
+    """How far the walk has come for one text."""
+
+    closed: np.ndarray
+    open: list[tuple[float, int, Branch, tuple[int, ...]]]
+    """A heap of (-log of what is known of its probability, order, branch, columns of the path above it)."""
+    length: int
+    """Position of the first answer token."""
+    include: int
+    expansions: int = 0
+
+
+class _Walk:
+    def __init__(self, codes: Codes, tolerance: float, best_is_enough: bool):
+        self.codes, self.tolerance, self.best_is_enough = codes, tolerance, best_is_enough
+        self.room = 4 * max(1, len(self.codes.alphabet))
+        self.order = 0
+
+    def through(self, context: _Context, logits: torch.Tensor, include: Sequence[int]) -> list[_State]:
+        states = [
+            _State(np.full(len(self.codes.names), -np.inf), [], int(context.positions[row].max()) + 1, code)
+            for row, code in enumerate(include)
+        ]
+        for state, known in zip(states, self._known(logits)[:, 0], strict=True):
+            self._open(state, self.codes.root, 0.0, known, ())
+        texts = context.positions.shape[1]
+        active = [row for row, state in enumerate(states) if not self._finished(state)]
+        here = list(range(len(states)))
+        while active:
+            if active != here:
+                context.keep([here.index(row) for row in active])
+                here = active
+            self._expand(context, [states[row] for row in active], texts)
+            active = [row for row in active if not self._finished(states[row])]
+        return states
+
+    def _known(self, logits: torch.Tensor) -> np.ndarray:
+        """Log-probabilities of the tokens that codes are made of; the others only take part in the sum."""
+        logits = logits.float()
+        chosen = logits[..., torch.tensor(self.codes.alphabet, device=logits.device)]
+        return (chosen - logits.logsumexp(-1, keepdim=True)).double().cpu().numpy()
+
+    def _open(self, state: _State, branch: Branch, log_p: float, known: np.ndarray, path: tuple[int, ...]) -> None:
+        """A branch's children, now that the distribution after it is known."""
+        for child in branch.children:
+            bound = log_p + float(known[self.codes.column[child.tokens[0]]])
+            if child.settled:
+                assert child.code is not None
+                state.closed[child.code] = bound
+            else:
+                self.order += 1
+                heapq.heappush(state.open, (-bound, self.order, child, path))
+
+    def _finished(self, state: _State) -> bool:
+        if not state.open:
+            return True
+        if state.include >= 0 and state.closed[state.include] == -np.inf:
+            return False
+        best = state.closed.max()
+        if self.best_is_enough:
+            return best >= -state.open[0][0]
+        left = sum(np.exp(-bound) for bound, *_ in state.open)
+        return bool(left < self.tolerance * np.exp(state.closed).sum())
+
+    def _chosen(self, state: _State) -> list[tuple[float, Branch, tuple[int, ...]]]:
+        """The most probable branches: no more than have to be looked into in any case, and a few at a time."""
+        missing = state.include if state.include >= 0 and state.closed[state.include] == -np.inf else -1
+        some: list[Any] = []
+        if self.best_is_enough:
+            while state.open and len(some) < 2 and state.closed.max() < -state.open[0][0]:
+                some.append(heapq.heappop(state.open))
+        else:
+            closed = np.exp(state.closed).sum()
+            left = sum(np.exp(-bound) for bound, *_ in state.open)
+            # With all that is open counted as found, this much may stay open; if that asks for nothing, without it.
+            for enough in (self.tolerance * (closed + left), self.tolerance * closed):
+                while state.open and len(some) < _AT_ONCE and left >= enough:
+                    some.append(heapq.heappop(state.open))
+                    left -= np.exp(-some[-1][0])
+                if some:
+                    break
+        if not some and missing >= 0:
+            at = next(i for i, entry in enumerate(state.open) if _leads_to(entry[2], missing))
+            some.append(state.open.pop(at))
+            heapq.heapify(state.open)
+        return [(-negative, branch, path) for negative, _, branch, path in some]
+
+    def _expand(self, context: _Context, states: list[_State], texts: int) -> None:
+        """Some branches of every text, and on from the best of them down the way most training rows went: that
+        guess costs a few tokens, and saves a round where it is right."""
+        chosen = [self._chosen(state) for state in states]
+        spines = [
+            [_spine(branch) if place == 0 else [branch] for place, (_, branch, _) in enumerate(some)] for some in chosen
+        ]
+        runs = [[[t for branch in spine for t in _read_tokens(branch)] for spine in row] for row in spines]
+        width = max(sum(map(len, row)) for row in runs)
+        before = context.positions.shape[1]
+        shape = (len(states), width)
+        tokens, positions, groups = np.zeros(shape, dtype=np.int64), np.full(shape, -1), np.full(shape, -1)
+        path = np.zeros((*shape, before), dtype=bool)
+        path[:, :, :texts] = context.positions[:, None, :texts] >= 0
+        for row, (state, some) in enumerate(zip(states, chosen, strict=True)):
+            column = width - sum(map(len, runs[row]))
+            for group, (run, (_, _, above)) in enumerate(zip(runs[row], some, strict=True)):
+                here = slice(column, column + len(run))
+                tokens[row, here], groups[row, here] = run, group
+                positions[row, here] = state.length + len(above) + np.arange(len(run))
+                path[row, here, list(above)] = True
+                column += len(run)
+        known = self._known(context.read(tokens, positions, path, groups, width))
+        for row, (state, some) in enumerate(zip(states, chosen, strict=True)):
+            column = width - sum(map(len, runs[row]))
+            for (log_p, _, above), spine in zip(some, spines[row], strict=True):
+                for place, branch in enumerate(spine):
+                    if place:
+                        # The next branch of the spine was opened a moment ago, and is looked into right away.
+                        log_p = self._take(state, branch)
+                    for token in branch.tokens[1:]:
+                        log_p += float(known[row, column, self.codes.column[token]])
+                        above = (*above, before + column)
+                        column += 1
+                    state.expansions += 1
+                    if branch.code is not None:
+                        state.closed[branch.code] = log_p
+                    else:
+                        above = (*above, before + column)
+                        self._open(state, branch, log_p, known[row, column], above)
+                        column += 1
+
+    def _take(self, state: _State, branch: Branch) -> float:
+        at = next(i for i, entry in enumerate(state.open) if entry[2] is branch)
+        negative, *_ = state.open.pop(at)
+        heapq.heapify(state.open)
+        return -negative
+
+
+def _read_tokens(branch: Branch) -> tuple[int, ...]:
+    """What has to be read to know a branch's probability and what follows it: all but the last token of a code."""
+    return branch.tokens[:-1] if branch.code is not None else branch.tokens
+
+
+def _leads_to(branch: Branch, code: int) -> bool:
+    return branch.code == code or any(_leads_to(child, code) for child in branch.children)
+
+
+def _spine(branch: Branch) -> list[Branch]:
+    spine = [branch]
+    while spine[-1].children and not spine[-1].children[0].settled:
+        spine.append(spine[-1].children[0])
+    return spine

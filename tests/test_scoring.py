@@ -1,0 +1,179 @@
+"""Best-first over the tree of codes against scoring every code in a full forward pass of its own.
+
+Run as a program it compares under one backend, in a process of its own, and prints what it found.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fallback.choose import BACKENDS, choose, why_not_unsloth
+from fallback.gpu import read_gpu
+from recipes.stages.recipe import Message
+
+# Gemma 3 (two kinds of attention), Llama and GPT-NeoX; Gemma 2 with capped logits and eager attention on top.
+FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "gemma2_2b_ohlora"]
+
+
+@pytest.fixture(scope="module", params=[(name, backend) for name in FAMILIES for backend in BACKENDS], ids="-".join)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    name, backend = request.param
+    if backend == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
+        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    done = subprocess.run(
+        [sys.executable, __file__, name, backend], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_exact(found: dict[str, Any]) -> None:
+    assert found["longest"] > 64, "shorter than the sliding window: nothing would be shown"
+    assert found["exhaustive"]["difference"] < 1e-4
+    assert found["exhaustive"]["best"] == found["texts"]
+    assert found["exhaustive"]["missing"] == 0
+
+
+def test_best_first_is_right_to_the_tolerance(found: dict[str, Any]) -> None:
+    assert found["best_first"]["difference"] < 1e-4
+    assert found["best_first"]["best"] == found["texts"]
+    assert found["best_first"]["left"] < 1e-4
+    assert found["best_first"]["expansions"] < 0.9 * found["exhaustive"]["expansions"]
+
+
+def test_the_best_alone_and_what_must_be_included(found: dict[str, Any]) -> None:
+    assert found["best_alone"]["best"] == found["texts"]
+    assert found["best_alone"]["difference"] < 1e-4
+    assert found["best_alone"]["expansions"] <= found["best_first"]["expansions"]
+    assert found["including"]["missing_included"] == 0
+
+
+def test_batches_do_not_matter(found: dict[str, Any]) -> None:
+    assert found["one_by_one"] < 1e-4
+
+
+def test_identical_texts_are_scored_once(found: dict[str, Any]) -> None:
+    assert found["twice"]["equal"]
+    assert found["twice"]["tokens"] == found["once"]["tokens"]
+
+
+@pytest.mark.parametrize("answers", [[[1, 2, 9], [1, 2, 3, 9], [4, 9]], [[7, 9]], [[1, 9], [2, 9], [3, 9]]])
+def test_the_tree_holds_every_answer(answers: list[list[int]]) -> None:
+    from recipes.stages.scoring import Branch, grow
+
+    root = grow(answers, [1] * len(answers))
+    got: dict[int, list[int]] = {}
+
+    def walk(branch: Branch, before: tuple[int, ...]) -> None:
+        here = before + branch.tokens
+        assert branch is root or branch.code is not None or len(branch.children) > 1, "an unbranching stretch"
+        if branch.code is not None:
+            got[branch.code] = list(here)
+        for child in branch.children:
+            walk(child, here)
+
+    walk(root, ())
+    assert [got[i] for i in range(len(answers))] == answers
+
+
+def check(name: str, backend: str) -> dict[str, Any]:
+    from recipes.samples.payments import OPERATIONS, payments
+    from recipes.stages import train
+    from recipes.stages.base_model import model_type, settle
+
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    chosen = settle(recipe, "tiny")
+    choice = choose(model_type(recipe, chosen), backend, "none")  # type: ignore[arg-type]
+    model = train.load_for_training(recipe, chosen, replace(recipe.settings, **recipe.miniature), choice)
+    import numpy as np
+    import torch
+
+    from recipes.stages import scoring
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.network.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.02)
+    network = model.network.eval()
+    codes = scoring.Codes(model.renderer, {operation.code: 90 - i for i, operation in enumerate(OPERATIONS[:40])})
+    comments = [text for text, _ in payments(10, 10, seed=3)]
+    instruction = "Answer with the operation code of this bank payment. " * 3
+    prompts = [(Message("user", instruction + text),) for text in comments]
+    answers = [scoring._answer_tokens(model.renderer, code) for code in codes.names]
+    encoded = [model.renderer.prompt(prompt) for prompt in prompts]
+
+    # A random model finds every code about as likely as any other; one that has learned a little does not.
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=5e-3)
+    for step in range(60):
+        i = step % len(prompts)
+        tokens = torch.tensor([encoded[i] + answers[i % 7]])
+        logits = network(input_ids=tokens).logits[0, len(encoded[i]) - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, tokens[0, len(encoded[i]) :]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    reference = np.zeros((len(prompts), len(answers)))
+    with torch.no_grad():
+        for i, ids in enumerate(encoded):
+            for j, answer in enumerate(answers):
+                logits = network(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+                reference[i, j] = sum(logits[len(ids) - 1 + k, token].item() for k, token in enumerate(answer))
+
+    calls: list[int] = []
+    forward = scoring._Context.read
+
+    def counted(self: Any, tokens: Any, *rest: Any) -> Any:
+        calls.append(tokens.size)
+        return forward(self, tokens, *rest)
+
+    scoring._Context.read = counted  # type: ignore[method-assign]
+
+    def scored(some: Any = prompts, **how: Any) -> tuple[Any, dict[str, Any]]:
+        calls.clear()
+        scores = scoring.score(model, codes, some, **how)
+        known = np.isfinite(scores.log_p)
+        expected = reference if len(some) == len(prompts) else np.concatenate([reference, reference])
+        return scores.log_p, {
+            "difference": float(np.abs(scores.log_p - expected)[known].max()),
+            "best": int((scores.log_p.argmax(1) == expected.argmax(1)).sum()),
+            "missing": int((~known).sum()),
+            "left": float(((np.exp(expected) * ~known).sum(1) / np.exp(expected).sum(1)).max()),
+            "expansions": scores.expansions,
+            "tokens": sum(calls),
+        }
+
+    exhaustive_p, exhaustive = scored(tolerance=0.0)
+    _, best_first = scored()
+    _, best_alone = scored(best_is_enough=True)
+    wanted = [codes.names[-1 - i] for i in range(len(prompts))]
+    including_p, including = scored(include=wanted, best_is_enough=True)
+    singly, _ = scored(tolerance=0.0, batch_tokens=1)
+    twice_p, twice = scored([*prompts, *prompts], tolerance=0.0)
+    columns = [codes.index[code] for code in wanted]
+    return {
+        "texts": len(prompts),
+        "longest": max(map(len, encoded)),
+        "exhaustive": exhaustive,
+        "best_first": best_first,
+        "best_alone": best_alone,
+        "including": {
+            **including,
+            "missing_included": int((~np.isfinite(including_p[np.arange(len(prompts)), columns])).sum()),
+        },
+        "one_by_one": float(np.abs(singly - exhaustive_p).max()),
+        "twice": {**twice, "equal": bool((twice_p[: len(prompts)] == twice_p[len(prompts) :]).all())},
+        "once": exhaustive,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(*sys.argv[1:3])))
