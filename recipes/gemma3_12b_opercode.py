@@ -8,10 +8,13 @@ The file: CSV with the columns PaymentComment and OperCode, separated by commas,
 Base model: google/gemma-3-12b-it, under Gemma's terms of use (https://ai.google.dev/gemma/terms).
 """
 
+from functools import partial
+from pathlib import Path
+
 from recipes.samples import payments
-from recipes.stages import labelled
+from recipes.stages.classifier import Classifier
 from recipes.stages.cli import main
-from recipes.stages.read import fold
+from recipes.stages.read import Columns, fold, read_labelled
 from recipes.stages.recipe import Balance, BaseModel, Example, Message, Recipe, Row, Sampling, Settings, Split
 
 # Everything that is the same for every payment comes before the payment.
@@ -24,6 +27,10 @@ def ask(text: str) -> tuple[Message, ...]:
 
 def to_example(row: Row) -> Example:
     return Example((*ask(row["text"]), Message("assistant", row["label"])), row["label"], row["text"])
+
+
+def sample(path: Path, rows: int = 2600, classes: int = 12, seed: int = 0) -> None:
+    payments.write_csv(path, rows, classes, seed)
 
 
 RECIPE = Recipe(
@@ -45,6 +52,11 @@ RECIPE = Recipe(
         lora_alpha=32,
         lora_dropout=0.05,
     ),
+    presets={
+        "12gb": {"batch_size": 1, "accumulation": 16, "max_length": 384},
+        "16gb": {"batch_size": 2, "accumulation": 8, "max_length": 512},
+        "24gb": {"batch_size": 4, "accumulation": 4, "max_length": 512, "lora_rank": 32, "lora_alpha": 64},
+    },
     miniature={
         "epochs": 5,
         "learning_rate": 2.5e-3,
@@ -57,15 +69,18 @@ RECIPE = Recipe(
         "log_every": 50,
     },
     split=Split(validation=0.15, test=0.15, by="label"),
-    sample=lambda path: payments.write_csv(path, rows=2600, classes=12),
-    read=labelled.read,
-    options=labelled.Columns("PaymentComment", "OperCode"),
+    sample=sample,
+    read=read_labelled,
+    options=Columns("PaymentComment", "OperCode"),
     to_example=to_example,
     ask=ask,
     text_column="PaymentComment",
     balance=Balance(sampler="sqrt"),
     sampling=Sampling(max_new_tokens=10, batch_size=64),
 )
+
+OperCodeClassifier = partial(Classifier, RECIPE)
+"""OperCodeClassifier("runs/…").predict("Оплата по договору 17")"""
 
 if __name__ == "__main__":
     main(RECIPE)

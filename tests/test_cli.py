@@ -1,11 +1,17 @@
 """What a user types, right and wrong."""
 
+import csv
+import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES
+from conftest import RECIPES, recipe
+
+from fallback.gpu import Gpu
+from recipes.stages.cli import less_memory, out_of_memory, preset_for
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPERCODE = "recipes.gemma3_12b_opercode"
@@ -25,7 +31,7 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 def test_help(name: str, command: Command) -> None:
     done = command(f"recipes.{name}", "--help")
     assert done.returncode == 0
-    for stage in ("prepare", "train", "evaluate", "predict", "chat"):
+    for stage in ("prepare", "train", "evaluate", "predict", *(() if recipe(name).closed else ("chat",))):
         assert f"recipes.{name} {stage}" in done.stdout
 
 
@@ -100,3 +106,72 @@ def test_fallback_says_what_is_here(command: Command) -> None:
     assert done.returncode == 0, done.stderr
     assert "backend" in done.stdout
     assert "dtype" in done.stdout
+
+
+def test_sample_is_the_same_bytes_for_the_same_seed(command: Command, tmp_path: Path) -> None:
+    for out, seed in (("a.csv", "3"), ("b.csv", "3"), ("c.csv", "4")):
+        done = command(OPERCODE, "sample", "--rows", "900", "--classes", "20", "--seed", seed, "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert (tmp_path / "a.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
+    with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 900
+    impossible = command(OPERCODE, "sample", "--classes", "99")
+    assert impossible.returncode == 2
+    assert "classes must lie between 1 and 86" in impossible.stderr
+
+
+def test_inputs_that_will_be_cut_are_counted_before_training(command: Command, tmp_path: Path) -> None:
+    long = "".join(f'"{"payment for goods " * 250}{i}",{i % 2}\n' for i in range(12))
+    short = "".join(f"payment {i},{i % 2}\n" for i in range(60))
+    (tmp_path / "pay.csv").write_text("PaymentComment,OperCode\n" + long + short, encoding="utf-8")
+    # --show has the tokenizer made, by whose tokens is counted the second time.
+    first = command(OPERCODE, "prepare", "--source", "pay.csv", "--size", "tiny", "--show", "1")
+    assert first.returncode == 0, first.stderr
+    second = command(OPERCODE, "prepare", "--source", "pay.csv", "--size", "tiny", "--run", "r")
+    assert "12 inputs are longer than --max-length 512 and will be cut" in second.stdout
+    cut = json.loads((tmp_path / "r" / "data" / "metadata.json").read_text())["cut"]
+    assert cut["texts"] == 12
+    assert cut["longest_over"] > 20
+
+
+@pytest.mark.parametrize(
+    ("memory", "preset"),
+    [(8, "12gb"), (11.75, "12gb"), (12, "12gb"), (15.7, "16gb"), (16, "16gb"), (24, "24gb"), (80, "24gb")],
+)
+def test_the_preset_follows_from_the_memory(memory: float, preset: str) -> None:
+    gpu = Gpu("some card", (8, 6), int(memory * 2**30))
+    assert preset_for(recipe("gemma3_12b_opercode"), gpu) == preset
+    assert preset_for(recipe("gemma3_12b_opercode"), None) is None
+    assert preset_for(recipe("llama_1b_civil"), gpu) is None
+
+
+def test_presets_of_the_payments() -> None:
+    chosen = recipe("gemma3_12b_opercode")
+    for name, expected in {"12gb": (1, 16, 384, 16), "16gb": (2, 8, 512, 16), "24gb": (4, 4, 512, 32)}.items():
+        s = replace(chosen.settings, **chosen.presets[name])
+        assert (s.batch_size, s.accumulation, s.max_length, s.lora_rank) == expected
+        assert s.batch_size * s.accumulation == 16
+
+
+def test_out_of_memory_is_recognised_and_says_what_to_take() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert out_of_memory(caught.value)
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+    chosen = recipe("gemma3_12b_opercode")
+    settings = replace(chosen.settings, **chosen.presets["24gb"])
+    assert "take --preset 16gb" in less_memory(chosen, settings, "24gb")
+    settings = replace(chosen.settings, **chosen.presets["12gb"])
+    assert "take --max-length 192" in less_memory(chosen, settings, "12gb")
+    assert "--batch-size 4 --accumulation 2" in less_memory(
+        recipe("gemma3_1b_counsel"), replace(settings, batch_size=8, accumulation=1), None
+    )
+
+
+def test_a_closed_set_has_no_chat(command: Command) -> None:
+    done = command(OPERCODE, "chat")
+    assert done.returncode == 2
+    assert "has no stage 'chat'" in done.stderr

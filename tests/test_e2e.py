@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -135,6 +136,89 @@ def test_predict_evaluate_and_chat_read_the_run(folder: Path) -> None:
     assert talk.stdout.count("> ") >= 4
     assert "forgotten" in talk.stdout
     assert "답변 종료" not in talk.stdout
+
+
+def test_the_best_checkpoint_is_kept_and_curves_are_drawn(folder: Path) -> None:
+    run, printed = finished(folder, LEARNS, "peft")
+    evaluations = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    metrics = json.loads((run / "metrics.json").read_text())["train"]
+    assert len(evaluations) >= 2
+    assert evaluations[-1]["step"] == metrics["optimizer_steps"]
+    best = max(evaluations, key=lambda e: e["eval_f1_macro"])
+    assert (metrics["best_step"], metrics["best_eval_f1_macro"]) == (best["step"], best["eval_f1_macro"])
+    assert f"kept the adapter of step {best['step']}" in printed
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    drawn = set(events.Tags()["scalars"])
+    wanted = {"train/loss", "eval/loss", "eval/f1_macro", "eval/f1_micro", "eval/accuracy"}
+    assert wanted <= drawn, drawn
+    assert [event.step for event in events.Scalars("eval/f1_macro")] == [e["step"] for e in evaluations]
+
+
+def test_an_evaluation_says_how_good_how_sure_and_where_it_fails(folder: Path) -> None:
+    run, _ = finished(folder, LEARNS, "peft")
+    results = json.loads((run / "evaluation_results.json").read_text())
+    for name in ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "precision_macro", "recall_macro"):
+        low, high = results["intervals_95"][name]
+        assert low <= results[name] <= high
+        assert high > low
+    assert len(results["by_class"]) == 12
+    assert [line["class"] for line in results["problem_classes"]] == [
+        line["class"] for line in results["by_class"] if line["f1"] < 0.5
+    ]
+    known = json.loads((run / "adapter" / "classes.json").read_text())
+    assert results["temperature"] == known["temperature"]
+    coverage = results["coverage"]
+    assert coverage[0]["accuracy"] == pytest.approx(results["accuracy"])
+    assert coverage[len(coverage) // 2]["accuracy"] > coverage[0]["accuracy"]
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["predicted"] for row in rows} <= set(known["train_rows"])
+    assert sum(row["predicted"] == row["true"] for row in rows) / len(rows) == pytest.approx(results["accuracy"])
+    assert not any(row["text"].startswith("Answer with") for row in rows)
+    for picture in ("confusion.png", "f1_by_class_size.png", "coverage.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_a_file_and_with_a_least_confidence(folder: Path) -> None:
+    run, _ = finished(folder, LEARNS, "peft")
+    source, out = run / "data" / "test.csv", folder / "answers.csv"
+    arguments = (f"recipes.{LEARNS}", "predict", "--run", str(run), "--file", str(source), "--text-column", "text")
+    done = python(folder, *arguments, "--out", str(out), "--min-confidence", "0.9")
+    assert done.returncode == 0, done.stderr
+    with out.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        expected = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == [row["text"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert float(row["confidence"]) == pytest.approx(float(other["confidence"]), abs=2e-3)
+        assert row["predicted"] == ("unsure" if float(row["confidence"]) < 0.9 else other["predicted"])
+    assert any(row["predicted"] == "unsure" for row in rows)
+    missing = python(folder, *arguments)
+    assert missing.returncode == 2
+    assert "--file and --out go together" in missing.stderr
+
+
+def test_the_example_of_the_readme(folder: Path) -> None:
+    """The Python example runs as it stands, with the newest run in its place."""
+    run, _ = finished(folder, LEARNS, "peft")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", readme, re.S)
+    assert example is not None
+    code = re.sub(r'"runs/[^"]*"', repr(str(run)), example.group(1))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, lines
+    known = json.loads((run / "adapter" / "classes.json").read_text())["train_rows"]
+    assert lines[0] in known
 
 
 def test_train_continues_from_prepare(folder: Path) -> None:

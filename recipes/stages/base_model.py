@@ -199,6 +199,19 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
     beside.replace(folder)
 
 
+def tokenizer_file(chosen: Chosen) -> Path | None:
+    """The base model's tokenizer.json, if it is on this machine already."""
+    here = Path(chosen.source) / "tokenizer.json"
+    if here.is_file():
+        return here
+    if chosen.weights == "random" or Path(chosen.source).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(chosen.source, "tokenizer.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def load_tokenizer(recipe: Recipe, source: str) -> Any:
     """The base model's tokenizer, with a template to render by and a padding token that is not the end token."""
     from transformers import AutoTokenizer

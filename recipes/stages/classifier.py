@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fallback.choose import Backend
-from recipes.stages.confidence import probabilities
 from recipes.stages.console import held_back
 from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.run import Run, read_json, write_json
@@ -86,6 +85,8 @@ class Classifier:
         return self.rank(*self.log_probabilities(prompts, done))
 
     def rank(self, log_p: Any, known: Known) -> list[Verdict]:
+        from recipes.stages.confidence import probabilities
+
         names = list(known.train_rows)
         found = []
         for row in probabilities(log_p, known.temperature):

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 import tyro
 
 from fallback.choose import Backend, CannotRun, Choice, choose
+from fallback.gpu import Gpu, read_gpu
 from recipes.stages import chat, evaluate, predict, prepare, train
-from recipes.stages.base_model import Chosen, model_type, published_config, settle
+from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
@@ -45,6 +46,20 @@ class Prepare(Generic[Options]):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Write a synthetic file of the true shape, to try things out with: the same seed gives the same bytes."""
+
+    rows: int = 388_706
+    """Rows of the file."""
+    classes: int = 86
+    """Classes among them: the largest has about a quarter of the rows, the rarest 8 to 20."""
+    seed: int = 0
+    """Seeds what is drawn."""
+    out: Path = Path("sample.csv")
+    """The file."""
+
+
+@dataclass(frozen=True)
 class Train(Generic[Options, Balancing]):
     """Fine-tune. Prepares the data first, unless --run names a prepared run."""
 
@@ -56,7 +71,8 @@ class Train(Generic[Options, Balancing]):
     run: Path | None = None
     """Folder of the run; a new one under runs/ if not given."""
     preset: str | None = None
-    """A named set of settings; flags given beside it override it."""
+    """A named set of settings; flags given beside it override it. Where presets are named after an amount of GPU
+    memory, the GPU's own decides if none is named."""
     size: Literal["auto", "tiny", "small", "full"] = "auto"
     """full is the real model; tiny and small are the same architecture, shrunk, with random weights; auto takes full
     where there is a CUDA GPU and the weights are at hand, else tiny."""
@@ -130,31 +146,39 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     sys.exit(0)
 
 
-def run_command(recipe: Recipe, given: list[str]) -> None:
-    stages: dict[str, Callable[[Recipe, list[str]], None]] = {
-        "prepare": prepare_command,
-        "train": train_command,
-        "evaluate": evaluate_command,
-        "predict": predict_command,
-        "chat": chat_command,
+def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str]], None]]]:
+    """The subcommands that make sense for this recipe: what they take, and what they do."""
+    stages: dict[str, tuple[Any, Callable[[Recipe, list[str]], None]]] = {
+        "prepare": (Prepare, prepare_command),
+        "train": (Train, train_command),
+        "evaluate": (Evaluate, evaluate_command),
+        "predict": (Predict, predict_command),
     }
+    if not isinstance(recipe.sample, str):
+        stages = {"sample": (Sample, sample_command), **stages}
+    if not recipe.closed:
+        stages["chat"] = (Chat, chat_command)
+    return stages
+
+
+def run_command(recipe: Recipe, given: list[str]) -> None:
+    stages = stages_of(recipe)
     if given and given[0] in ("-h", "--help"):
         print_help(recipe)
     elif not given or given[0].startswith("-"):
         everything(recipe, given)
     elif given[0] in stages:
-        stages[given[0]](recipe, given[1:])
+        stages[given[0]][1](recipe, given[1:])
     else:
-        raise UserError(f"no stage {given[0]!r}; the stages are {', '.join(stages)}")
+        raise UserError(f"{recipe.name} has no stage {given[0]!r}; its stages are {', '.join(stages)}")
 
 
 def print_help(recipe: Recipe) -> None:
     command = f"python -m recipes.{recipe.name}"
-    stages = {"prepare": Prepare, "train": Train, "evaluate": Evaluate, "predict": Predict, "chat": Chat}
     print(f"{command}: {recipe.title}, base model {recipe.base.hub_id}\n")
     print(f"  {command} [flags of train]\n      All of it: prepare, train, evaluate, and a few answers to look at.")
-    for name, stage in stages.items():
-        print(f"  {command} {name} [--help]\n      {(stage.__doc__ or '').strip()}")
+    for name, (kind, _) in stages_of(recipe).items():
+        print(f"  {command} {name} [--help]\n      {(kind.__doc__ or '').strip()}")
     print(f"\npresets: {', '.join(recipe.presets) or 'none'}")
 
 
@@ -168,27 +192,45 @@ def parse(recipe: Recipe, stage: str, kind: Any, given: list[str], default: Any)
     )
 
 
-def settings_in_force(recipe: Recipe, given: list[str]) -> Settings:
-    """The recipe's settings under the preset and size that the command line names: these are the defaults that
-    --help shows and that single flags override."""
+def preset_for(recipe: Recipe, gpu: Gpu | None) -> str | None:
+    """Of the presets named after an amount of GPU memory, the largest that fits this GPU."""
+    by_memory = {int(name[:-2]): name for name in recipe.presets if name.endswith("gb") and name[:-2].isdigit()}
+    if gpu is None or not by_memory:
+        return None
+    # A card sold as 12 GB reports a little less than 12 GiB.
+    there = round(gpu.memory_bytes / 2**30 + 0.3)
+    return by_memory[max((size for size in by_memory if size <= there), default=min(by_memory))]
+
+
+def settings_in_force(recipe: Recipe, given: list[str]) -> tuple[Settings, str | None]:
+    """The recipe's settings under the preset and size that the command line names, or the GPU suggests: these are
+    the defaults that --help shows and that single flags override."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--size", default="auto")
     early.add_argument("--weights")
     early.add_argument("--model")
     known, _ = early.parse_known_args(given)
-    changes: dict[str, Any] = {}
-    if known.preset is not None:
-        if known.preset not in recipe.presets:
-            raise UserError(
-                f"--preset {known.preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}"
-            )
-        changes.update(recipe.presets[known.preset])
     # A value that tyro will refuse in a moment is none of our business here.
     sound = known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained")
-    if sound and settle(recipe, known.size, known.weights, known.model).size != "full":
+    full = sound and settle(recipe, known.size, known.weights, known.model).size == "full"
+    preset = known.preset or (preset_for(recipe, read_gpu()) if full else None)
+    if preset is not None and preset not in recipe.presets:
+        raise UserError(f"--preset {preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}")
+    changes = dict(recipe.presets[preset]) if preset is not None else {}
+    if sound and not full:
         changes.update(recipe.miniature)
-    return replace(recipe.settings, **changes)
+    return replace(recipe.settings, **changes), preset
+
+
+def sample_command(recipe: Recipe, given: list[str]) -> None:
+    args = parse(recipe, "sample", Sample, given, Sample(out=Path(f"{recipe.name}-sample.csv")))
+    assert not isinstance(recipe.sample, str)
+    try:
+        recipe.sample(args.out, rows=args.rows, classes=args.classes, seed=args.seed)
+    except (ValueError, OSError) as error:
+        raise UserError(f"sample: {error}") from None
+    say(f"{args.rows:,} rows in {args.classes} classes -> {args.out}")
 
 
 def prepare_command(recipe: Recipe, given: list[str]) -> None:
@@ -200,7 +242,10 @@ def prepare_command(recipe: Recipe, given: list[str]) -> None:
         Prepare(options=recipe.options, seed=recipe.settings.seed),
     )
     chosen = settle(recipe, args.size, args.weights, args.model)
-    run = prepare.prepare(recipe, args.source, args.options, args.seed, args.run)
+    settings, _ = settings_in_force(recipe, given)
+    run = prepare.prepare(
+        recipe, args.source, args.options, args.seed, args.run, settings.max_length, tokenizer_file(chosen)
+    )
     if args.show:
         with held_back(run.logs / "libraries.log"):
             train.show(recipe, run, chosen, args.show)
@@ -221,13 +266,14 @@ def everything(recipe: Recipe, given: list[str]) -> None:
         say("a few answers:")
         for example in train.examples(recipe, run, "test")[:3]:
             evaluate.show_answer(recipe, run, model, example, settings.max_length)
-    say(f'everything is in {run.path}; next: python -m recipes.{recipe.name} chat, or predict "…"')
+    further = 'predict "…"' if recipe.closed else 'chat, or predict "…"'
+    say(f"everything is in {run.path}; next: python -m recipes.{recipe.name} {further}")
 
 
 def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
-    settings = settings_in_force(recipe, given)
+    settings, preset = settings_in_force(recipe, given)
     kind: Any = Train[type(recipe.options), type(recipe.balance)]  # type: ignore[misc]
-    return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings))
+    return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings, preset=preset))
 
 
 def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]:
@@ -239,21 +285,58 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
         published_config(chosen)
     choice = choose(model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer)
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
+    if args.preset:
+        say(
+            f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
+        )
     if args.run is not None and Run(args.run).prepared and args.source is None:
         run = Run(args.run)
         prepare.tell(run, read_json(run.data / "metadata.json"))
     else:
-        run = prepare.prepare(recipe, args.source, args.options, settings.seed, args.run)
+        run = prepare.prepare(
+            recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
+        )
     write_json(run.path / "environment.json", environment())
-    train.record_choice(run, settings, chosen, choice, args.balance)
+    train.record_choice(run, settings, chosen, choice, args.balance, args.preset)
     with held_back(run.logs / "libraries.log"):
-        metrics = train.train(recipe, run, settings, chosen, choice, args.balance)
+        try:
+            metrics = train.train(recipe, run, settings, chosen, choice, args.balance)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(less_memory(recipe, settings, args.preset)) from error
         run.add_metrics(base_model=asdict(chosen), train=metrics)
         say(
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
             f"adapter in {run.adapter}"
         )
     return run, chosen, choice, settings
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU it is a class of its own, on a CPU a message."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def less_memory(recipe: Recipe, settings: Settings, preset: str | None) -> str:
+    """What to change first when training ran out of memory."""
+    effective = settings.batch_size * settings.accumulation
+    smaller = [name for name, values in recipe.presets.items() if values.get("batch_size", 99) < settings.batch_size]
+    if smaller:
+        remedy = f"take --preset {smaller[-1]}"
+    elif settings.batch_size > 1:
+        half = settings.batch_size // 2
+        remedy = f"take --batch-size {half} --accumulation {effective // half}, the same step with half the memory"
+    elif not settings.checkpointing:
+        remedy = "take --checkpointing True"
+    elif settings.quantization != "4bit":
+        remedy = "take --quantization 4bit"
+    else:
+        remedy = f"take --max-length {max(64, settings.max_length // 2)}, or a smaller --lora-rank"
+    return (
+        f"out of memory at batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
+        f"{f' (preset {preset})' if preset else ''}: {remedy}"
+    )
 
 
 def answering(recipe: Recipe) -> Any:

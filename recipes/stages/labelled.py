@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
-from recipes.stages.read import Layout, csv_rows, fold, layout_of
-from recipes.stages.recipe import Reading, Row, Split, UserError
+from recipes.stages.read import Columns, Layout, csv_rows, fold, layout_of
+from recipes.stages.recipe import Reading, Split, UserError
 from recipes.stages.run import writing
 
 _BLOCK = 1 << 22
@@ -30,20 +30,6 @@ _SLOW_BLOCK = 50_000
 _WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _UNTIDY = rf"^ | $|  |[{_WHITE.replace(' ', '')}]"
 _TO_ESCAPE = r'["\\\x00-\x1f]'
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the reader can be told about an export."""
-
-    text_column: str = "text"
-    """Column with the text."""
-    label_column: str = "label"
-    """Column with the class; classes are text, leading zeros stay."""
-    min_samples_per_class: int = 10
-    """Classes with fewer rows are dropped: nothing can be learned or measured on them."""
-    allow_leak: bool = False
-    """Let identical texts fall into different splits; the test then measures partly what was learned by heart."""
 
 
 class Block(NamedTuple):
@@ -66,21 +52,6 @@ class Cleaned:
     """Reason -> numbers of the records."""
 
 
-class _Unsound(Exception):
-    """Not for pyarrow."""
-
-
-def read(source: Path, columns: Columns, reading: Reading, older: Sequence[str] = ("cp1251",)) -> Iterator[Row]:
-    """Row by row, for files that fit into memory as Python objects."""
-    layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
-    for line, cells in csv_rows(source, layout, reading):
-        text, label = fold(cells[columns.text_column]), cells[columns.label_column].strip()
-        if text and label:
-            yield {"text": text, "label": label}
-        else:
-            reading.drop("empty text" if not text else "empty label", line)
-
-
 def prepare(
     source: Path, columns: Columns, split: Split, seed: int, folder: Path, older: Sequence[str] = ("cp1251",)
 ) -> dict[str, Any]:
@@ -92,7 +63,7 @@ def prepare(
     try:
         try:
             cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
-        except (_Unsound, pa.ArrowInvalid):
+        except pa.ArrowInvalid:
             reading.dropped.clear()
             cleaned = _clean(_slow_blocks(source, layout, columns, reading), scratch)
         return _split_and_write(source, layout, columns, split, seed, folder, cleaned, reading)
@@ -104,9 +75,6 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
     names = [f"c{i}" for i in range(layout.width)]
     wanted = [names[layout.where[name]] for name in (columns.text_column, columns.label_column)]
 
-    def refuse(row: Any) -> str:
-        raise _Unsound
-
     with source.open("rb") as file:
         reader = pa_csv.open_csv(
             file,
@@ -114,7 +82,7 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
                 block_size=_BLOCK, column_names=names, skip_rows=1,
                 encoding="utf8" if layout.encoding == "utf-8-sig" else layout.encoding,
             ),
-            pa_csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=refuse),
+            pa_csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
             pa_csv.ConvertOptions(
                 include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
             ),
@@ -132,7 +100,7 @@ def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Readin
         texts = [cells[columns.text_column] for _, cells in some]
         labels = [cells[columns.label_column] for _, cells in some]
         # Here the line is known; elsewhere it is looked up when it is asked for.
-        yield Block(pa.array(texts, pa.string()), pa.array(labels, pa.string()), first)
+        yield Block(_strings(texts), _strings(labels), first)
         first += len(some)
 
 
@@ -144,19 +112,18 @@ def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
     with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, schema) as kept:
         for block in _ahead(blocks):
             texts, labels = _folded(block.texts), pc.utf8_trim_whitespace(block.labels)
-            no_text = pc.equal(pc.binary_length(texts), 0)
-            no_label = pc.equal(pc.binary_length(labels), 0)
+            no_text, no_label = (pc.equal(pc.binary_length(some), _number(0)) for some in (texts, labels))
             usable = pc.invert(pc.or_(no_text, no_label))
             if not pc.all(usable).as_py():
                 for reason, which in (("empty text", no_text), ("empty label", pc.and_not(no_label, no_text))):
-                    found = np.flatnonzero(np.asarray(which)) + block.first
+                    found = _view(pc.indices_nonzero(which), np.uint64).astype(np.int64) + block.first
                     if len(found):
                         cleaned.dropped.setdefault(reason, []).append(found)
                 texts, labels = texts.filter(usable), labels.filter(usable)
             coded = labels.dictionary_encode()
             numbers = np.array([index.setdefault(name, len(index)) for name in coded.dictionary.to_pylist()], np.int32)
             hashes = np.fromiter(map(hash, texts.to_pylist()), np.int64, len(texts))
-            parts.append((numbers[np.asarray(coded.indices)], hashes))
+            parts.append((numbers[_view(coded.indices, np.int32)], hashes))
             kept.write_batch(pa.record_batch([texts], schema))
     if parts:
         cleaned.labels, cleaned.texts = (np.concatenate(some) for some in zip(*parts, strict=True))
@@ -180,8 +147,33 @@ def _folded(texts: pa.Array) -> pa.Array:
 
 def _replaced(texts: pa.Array, where: pa.Array, change: Callable[[str], str]) -> pa.Array:
     """The few that need it go through Python, the others stay where they are."""
-    some = texts.filter(where).to_pylist()
-    return pc.replace_with_mask(texts, where, pa.array(map(change, some), pa.string())) if some else texts
+    some = [change(text) for text in texts.filter(where).to_pylist()]
+    return pc.replace_with_mask(texts, where, _strings(some)) if some else texts
+
+
+def _strings(texts: Sequence[str]) -> pa.Array:
+    """As pa.array. That, like any Python value given to a kernel, would import pandas to find out whether it is of
+    pandas' making, and pandas takes longer to load than the whole file takes to prepare."""
+    encoded = [text.encode() for text in texts]
+    ends = np.zeros(len(encoded) + 1, np.int32)
+    np.cumsum([len(text) for text in encoded], out=ends[1:])
+    return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
+def _numbers(values: np.ndarray) -> pa.Array:
+    return pa.Int32Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+
+def _view(values: pa.Array, kind: Any) -> np.ndarray:
+    return np.frombuffer(values.buffers()[1], kind, len(values), values.offset * np.dtype(kind).itemsize)
+
+
+def _number(value: int) -> pa.Scalar:
+    return _numbers(np.array([value], np.int32))[0]
+
+
+def _string(text: str) -> pa.Scalar:
+    return _strings([text])[0]
 
 
 def _split_and_write(
@@ -227,6 +219,7 @@ def _split_and_write(
         "dropped_classes": {
             cleaned.names[i]: int(sizes[i]) for i in sorted(np.flatnonzero(rare), key=lambda i: (-sizes[i], i))
         },
+        "labels": [cleaned.names[i] for i in order],
         "rows": int(keep.sum()),
         "dropped": _dropped(source, layout, cleaned, reading) | (few if rare.any() else {}),
         "identical_texts": {
@@ -234,7 +227,7 @@ def _split_and_write(
             "in_more_than_one_split": leaking,
             "with_different_labels": len(in_conflict),
         },
-        "longest_text_bytes": longest,
+        "longest_bytes": longest,
         "splits": {
             name: {"rows": int(totals[s].sum()), "label": {cleaned.names[i]: int(totals[s][i]) for i in order}}
             for s, name in enumerate(SPLITS)
@@ -296,8 +289,8 @@ def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple
 
 def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
     """The texts once more, into their splits; the same rows as JSONL and as CSV. Returns the longest text's bytes."""
-    json_ends = pa.array([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
-    csv_ends = pa.array([f",{_csv_cell(name)}\n" for name in cleaned.names])
+    json_ends = _strings([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
+    csv_ends = _strings([f",{_csv_cell(name)}\n" for name in cleaned.names])
     conflicts: dict[tuple[str, int], int] = {}
     conflicting = np.array(sorted(in_conflict), np.int64)
     longest = at = 0
@@ -311,8 +304,9 @@ def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set
                 texts = reader.get_batch(number).column(0)
                 here = slice(at, at + len(texts))
                 at += len(texts)
-                labels, split = pa.array(cleaned.labels[here]), belongs[here]
-                masks = [pa.array(split == s) for s in range(3)]
+                labels, split = _numbers(cleaned.labels[here]), belongs[here]
+                which = _numbers(split.astype(np.int32))
+                masks = [pc.equal(which, _number(s)) for s in range(3)]
                 longest = max(longest, pc.max(pc.binary_length(texts)).as_py() or 0)
                 work = [
                     pool.submit(_write_lines, form, texts, labels, ends, masks, [files[name, kind] for name in SPLITS])
@@ -323,7 +317,7 @@ def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set
                 if len(conflicting):
                     some = np.flatnonzero(np.isin(cleaned.texts[here], conflicting) & (split >= 0))
                     for text, label in zip(
-                        texts.take(pa.array(some)).to_pylist(), cleaned.labels[here][some], strict=True
+                        texts.take(_numbers(some.astype(np.int32))).to_pylist(), cleaned.labels[here][some], strict=True
                     ):
                         conflicts[text, int(label)] = conflicts.get((text, int(label)), 0) + 1
     finally:
@@ -355,7 +349,7 @@ def _write_lines(
 
 def _as_json(texts: pa.Array, ends: pa.Array) -> pa.Array:
     escaped = _replaced(texts, pc.match_substring_regex(texts, _TO_ESCAPE), _json_inside)
-    return pc.binary_join_element_wise('{"text": "', escaped, '"', ends, "")
+    return pc.binary_join_element_wise(_string('{"text": "'), escaped, _string('"'), ends, _string(""))
 
 
 def _json_inside(text: str) -> str:
@@ -363,7 +357,8 @@ def _json_inside(text: str) -> str:
 
 
 def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise('"', pc.replace_substring(texts, '"', '""'), '"', ends, "")
+    doubled = pc.replace_substring(texts, '"', '""')
+    return pc.binary_join_element_wise(_string('"'), doubled, _string('"'), ends, _string(""))
 
 
 def _csv_cell(text: str) -> str:

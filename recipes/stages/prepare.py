@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipes.stages import labelled
 from recipes.stages.console import say
 from recipes.stages.recipe import Example, Reading, Recipe, Row, Split, UserError
-from recipes.stages.run import Run, new_run, place_beside, write_json, writing
+from recipes.stages.run import Run, new_run, place_beside, read_jsonl, write_json, writing
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 CACHE = Path(__file__).parents[2] / ".cache" / "samples"
@@ -98,17 +97,33 @@ def write_split(folder: Path, name: str, rows: Sequence[Row]) -> None:
 
 
 def prepare(
-    recipe: Recipe, source: Path | None, options: Any, seed: int, path: Path | None = None, quiet: bool = False
+    recipe: Recipe,
+    source: Path | None,
+    options: Any,
+    seed: int,
+    path: Path | None = None,
+    max_length: int | None = None,
+    tokenizer: Path | None = None,
+    quiet: bool = False,
 ) -> Run:
-    """Read, clean and split a source file into a run's data/, which appears whole or not at all."""
+    """Read, clean and split a source file into a run's data/, which appears whole or not at all.
+
+    With max_length it says which inputs will be cut in training; they are counted where a tokenizer.json is at hand.
+    """
     file = source or sample_file(recipe)
     beside = Path(tempfile.mkdtemp(dir=place_beside(path), prefix=".data.making."))
     try:
         if recipe.closed:
+            # Imported here: pyarrow takes longer to load than --help takes to answer.
+            from recipes.stages import labelled
+
             found = labelled.prepare(file, options, recipe.split, seed, beside)
+            found["longest_bytes"] += _bytes(recipe.to_example({"text": "", "label": max(found["labels"], key=len)}))
         else:
             found = _prepare_rows(recipe, file, options, seed, beside)
         metadata = {"recipe": recipe.name, "source": str(file), "sample": source is None, "seed": seed, **found}
+        if max_length:
+            metadata["cut"] = will_be_cut(recipe, beside, found["longest_bytes"], max_length, tokenizer)
         write_json(beside / "metadata.json", metadata)
         run = new_run(recipe, path)
         shutil.rmtree(run.data, ignore_errors=True)
@@ -134,6 +149,7 @@ def _prepare_rows(recipe: Recipe, file: Path, options: Any, seed: int, folder: P
     return {
         **reading.notes,
         "rows": len(rows),
+        "longest_bytes": max(_bytes(recipe.to_example(row)) for row in rows),
         "dropped": {
             reason: {"rows": len(lines), "first_lines": lines[:20]} for reason, lines in reading.dropped.items()
         },
@@ -148,6 +164,43 @@ def _prepare_rows(recipe: Recipe, file: Path, options: Any, seed: int, folder: P
     }  # fmt: skip
 
 
+# What a chat template and a tokenizer's own marks add to the messages, at most, in tokens.
+_TEMPLATE = 48
+
+
+def _bytes(example: Example) -> int:
+    return sum(len(message.content.encode()) for message in example.messages)
+
+
+def will_be_cut(
+    recipe: Recipe, folder: Path, longest: int, max_length: int, tokenizer: Path | None
+) -> dict[str, int | str]:
+    """How many inputs are longer than max_length, and by how much. A token spells a byte at least, so that most
+    files need no counting; training counts exactly."""
+    if longest + _TEMPLATE <= max_length:
+        return {"max_length": max_length, "texts": 0}
+    examples = (recipe.to_example(row) for name in SPLITS for row in read_jsonl(folder / f"{name}.jsonl"))
+    long = [example for example in examples if _bytes(example) + _TEMPLATE > max_length]
+    if tokenizer is None:
+        return {"max_length": max_length, "may_be": len(long), "not_counted": "no tokenizer on this machine yet"}
+    from tokenizers import Tokenizer
+
+    count = Tokenizer.from_file(str(tokenizer))
+    template = _TEMPLATE // 4
+    over = [
+        tokens - max_length
+        for example in long
+        if (tokens := template + sum(len(count.encode(m.content, add_special_tokens=False)) for m in example.messages))
+        > max_length
+    ]
+    return {
+        "max_length": max_length,
+        "texts": len(over),
+        "tokens_over": sum(over),
+        "longest_over": max(over, default=0),
+    }
+
+
 def tell(run: Run, metadata: dict[str, Any]) -> None:
     sizes = ", ".join(f"{name} {part['rows']:,}" for name, part in metadata["splits"].items())
     what = "the recipe's own sample" if metadata["sample"] else metadata["source"]
@@ -158,6 +211,17 @@ def tell(run: Run, metadata: dict[str, Any]) -> None:
         say(f"  dropped {rows['rows']:,}: {reason}" + (f" (line {lines})" if first else ""))
     for code, rows in list(metadata.get("dropped_classes", {}).items())[:10]:
         say(f"    class {code}: {rows} rows")
+    cut = metadata.get("cut", {})
+    if cut.get("texts"):
+        say(
+            f"  {cut['texts']:,} inputs are longer than --max-length {cut['max_length']} and will be cut, by "
+            f"{cut['tokens_over'] / cut['texts']:.0f} tokens on average and {cut['longest_over']} at most"
+        )
+    if cut.get("may_be"):
+        say(
+            f"  {cut['may_be']:,} inputs may be longer than --max-length {cut['max_length']} tokens "
+            f"({cut['not_counted']}); training counts them"
+        )
     same = metadata.get("identical_texts", {})
     if same.get("with_different_labels"):
         say(

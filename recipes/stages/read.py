@@ -4,10 +4,11 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.stages.recipe import Reading, UserError
+from recipes.stages.recipe import Reading, Row, UserError
 
 # A cell may be as long as memory allows; the module's own limit is 128 KiB.
 csv.field_size_limit(sys.maxsize)
@@ -40,6 +41,20 @@ def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
             continue
         return encoding
     raise UserError(f"{path}: not text in {', '.join(('UTF-8', 'UTF-16', *older))}; convert it to UTF-8")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the reader can be told about an export."""
+
+    text_column: str = "text"
+    """Column with the text."""
+    label_column: str = "label"
+    """Column with the class; classes are text, leading zeros stay."""
+    min_samples_per_class: int = 10
+    """Classes with fewer rows are dropped: nothing can be learned or measured on them."""
+    allow_leak: bool = False
+    """Let identical texts fall into different splits; the test then measures partly what was learned by heart."""
 
 
 class Layout(NamedTuple):
@@ -115,6 +130,19 @@ def read_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, the named columns) of every record."""
     yield from csv_rows(path, layout_of(path, columns, reading, older), reading)
+
+
+def read_labelled(
+    source: Path, columns: Columns, reading: Reading, older: Sequence[str] = ("cp1251",)
+) -> Iterator[Row]:
+    """Row by row, for files that fit into memory as Python objects."""
+    layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
+    for line, cells in csv_rows(source, layout, reading):
+        text, label = fold(cells[columns.text_column]), cells[columns.label_column].strip()
+        if text and label:
+            yield {"text": text, "label": label}
+        else:
+            reading.drop("empty text" if not text else "empty label", line)
 
 
 def read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:

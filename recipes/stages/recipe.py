@@ -192,8 +192,9 @@ class Recipe:
     base: BaseModel
     settings: Settings
     split: Split
-    sample: Callable[[Path], None] | str
-    """The data a run uses where no source is named: a file in recipes/samples, or a function that writes one."""
+    sample: Callable[..., None] | str
+    """The data a run uses where no source is named: a file in recipes/samples, or a function that writes one; it is
+    given a path, and by the command `sample` also rows, classes and seed."""
     read: Callable[[Path, Any, Reading], Iterator[Row]]
     """Source file, options, report -> cleaned rows."""
     to_example: Callable[[Row], Example]

@@ -355,10 +355,13 @@ def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
     beside.replace(run.adapter)
 
 
-def record_choice(run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None) -> None:
+def record_choice(
+    run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None, preset: str | None = None
+) -> None:
     """Write down all decisions before anything is computed with them."""
     write_json(run.path / "choice.json", choice.as_json())
-    config = {"base_model": asdict(chosen), "notice": chosen.description, "settings": asdict(settings)}
+    config: dict[str, Any] = {"base_model": asdict(chosen), "notice": chosen.description, "preset": preset}
+    config["settings"] = asdict(settings)
     if isinstance(balance, Balance):
         config["balance"] = asdict(balance)
     write_json(run.config, config)

@@ -1,0 +1,183 @@
+"""How fast payments are classified, four ways, taking turns in one process over the same texts.
+
+(a) one at a time with generate() and a regular expression, as most scripts do it; (b) generate() in batches;
+(c) the probability of every code, over the tree of codes: what predict does; (d) the bound: one forward over the
+texts' own tokens and nothing else.
+"""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+
+from fallback.choose import Backend, choose
+from recipes.gemma3_12b_opercode import RECIPE
+from recipes.samples.payments import payments, write_csv
+from recipes.stages import prepare, train
+from recipes.stages.base_model import Chosen, Size, model_type, settle
+from recipes.stages.classifier import Classifier
+from recipes.stages.console import held_back, say
+from recipes.stages.recipe import Balance
+from recipes.stages.run import Run, environment, write_json
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Measure payments per second."""
+
+    run: Path | None = None
+    """A trained run to answer with; without it a model of --size is trained for --steps steps first."""
+    size: Size = "small"
+    """Size of the model to train."""
+    steps: int = 150
+    """Steps to train it for: an untrained model does not end its answers, and its probabilities lie everywhere."""
+    backend: Backend = "peft"
+    """Backend of training and answering."""
+    classes: int = 86
+    """Codes of the training file."""
+    texts: int = 256
+    """Payments answered in batches; one at a time an eighth of them."""
+    repeats: int = 5
+    """Rounds; every round measures every way once."""
+    batch_tokens: int | None = None
+    """As for predict."""
+    out: Path | None = None
+    """Also write the figures to this JSON file."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def main(arguments: list[str]) -> None:
+    args = tyro.cli(Classify, prog="python -m bench classify", args=arguments, config=(tyro.conf.FlagConversionOff,))
+    with tempfile.TemporaryDirectory(prefix="bench-classify-") as folder:
+        run = Run(args.run) if args.run else trained(args, Path(folder))
+        opened, chosen, choice, max_length = train.open_run(RECIPE, run.path, args.backend)
+        with held_back(Path(folder) / "libraries.log"):
+            model = train.load_trained(RECIPE, opened, chosen, choice, max_length)
+            found = measure(args, model, opened, max_length)
+    medians = {name: median(rates) for name, rates in found["payments_per_second"].items()}
+    rounds = list(zip(*found["payments_per_second"].values(), strict=True))
+    summary: dict[str, Any] = {
+        "command": " ".join(["python -m bench classify", *arguments]),
+        "environment": environment(),
+        "model": chosen.description,
+        "backend": choice.backend,
+        "payments_per_second": medians,
+        "ratio_to_one_at_a_time": median(r[2] / r[0] for r in rounds),
+        "ratio_to_batched": median(r[2] / r[1] for r in rounds),
+        "ratio_to_bound": median(r[2] / r[3] for r in rounds),
+        **{name: value for name, value in found.items() if name != "payments_per_second"},
+        "rounds": found["payments_per_second"],
+    }
+    if args.out:
+        write_json(args.out, summary)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    say(f"{chosen.description}; {args.texts} payments, {summary['own_tokens']:.0f} own tokens each")
+    labels = ("a  one at a time, generate()", "b  batched generate()", "c  over the tree of codes", "d  the bound")
+    for label, (name, rate) in zip(labels, medians.items(), strict=True):
+        valid = summary["valid"].get(name)
+        say(f"  {label:<30} {rate:8.1f} payments/s" + (f"   {valid:.0%} valid codes" if valid is not None else ""))
+    say(
+        f"c is {summary['ratio_to_one_at_a_time']:.1f} x a, {summary['ratio_to_batched']:.2f} x b, "
+        f"{summary['ratio_to_bound']:.2f} x d; {summary['expansions']:.1f} branches looked into per payment"
+    )
+    say(f"medians of {args.repeats} rounds; ratios are medians of the rounds' ratios")
+
+
+def trained(args: Classify, folder: Path) -> Run:
+    """A model that has learned enough to answer as a trained one does."""
+    write_csv(folder / "payments.csv", max(4000, 20 * args.classes), args.classes)
+    chosen: Chosen = settle(RECIPE, args.size, "random")
+    settings = replace(RECIPE.settings, **{**RECIPE.miniature, "max_steps": args.steps, "learning_rate": 1.5e-3})
+    choice = choose(model_type(RECIPE, chosen), args.backend, settings.quantization, settings.optimizer)
+    run = prepare.prepare(RECIPE, folder / "payments.csv", RECIPE.options, 0, folder / "run", quiet=True)
+    train.record_choice(run, settings, chosen, choice, RECIPE.balance)
+    assert isinstance(RECIPE.balance, Balance)
+    with held_back(run.logs / "libraries.log"):
+        train.train(RECIPE, run, settings, chosen, choice, replace(RECIPE.balance, eval_rows=100))
+    return run
+
+
+def measure(args: Classify, model: train.Model, run: Run, max_length: int) -> dict[str, Any]:
+    import torch
+
+    from recipes.stages.generation import generate
+    from recipes.stages.scoring import _batches, affordable_tokens, score
+
+    classifier = Classifier(RECIPE, run.path).use(model, run, max_length)
+    _, known, codes, _ = classifier._loaded
+    # Other payments than those it was trained on.
+    texts = [text for text, _ in payments(args.texts, args.classes, seed=1)]
+    prompts = [RECIPE.ask(text) for text in texts]
+    names = set(known.train_rows)
+    own = sorted(
+        (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts), key=len, reverse=True
+    )
+    budget = args.batch_tokens or affordable_tokens(model.network)
+    valid: dict[str, float] = {}
+    expansions: list[int] = []
+
+    def one_at_a_time() -> int:
+        some = prompts[:: max(1, len(prompts) // max(1, args.texts // 8))]
+        found = []
+        for prompt in some:
+            answer = generate(model, [prompt], RECIPE.sampling, RECIPE.stop, max_length)[0].text
+            code = re.search(r"\d{4,6}", answer)
+            found.append(code.group() if code else "")
+        valid["one_at_a_time"] = sum(code in names for code in found) / len(found)
+        return len(some)
+
+    def batched() -> int:
+        answers = generate(model, prompts, RECIPE.sampling, RECIPE.stop, max_length)
+        valid["batched"] = sum(answer.text in names for answer in answers) / len(answers)
+        return len(prompts)
+
+    def tree() -> int:
+        scores = score(model, codes, prompts, max_length, batch_tokens=args.batch_tokens)
+        expansions.append(scores.expansions)
+        valid["tree"] = sum(codes.names[i] in names for i in scores.log_p.argmax(1)) / len(prompts)
+        return len(prompts)
+
+    def bound() -> int:
+        backbone = model.network.get_base_model().base_model
+        for batch in _batches([(tokens, 0) for tokens in own], 0, codes, budget):
+            width = len(batch[0][0])
+            padded = torch.tensor([[0] * (width - len(t)) + list(t) for t, _ in batch], device=model.network.device)
+            mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t, _ in batch], device=model.network.device)
+            with torch.inference_mode():
+                backbone(input_ids=padded, attention_mask=mask, use_cache=False)
+        if model.network.device.type == "cuda":
+            torch.cuda.synchronize()
+        return len(own)
+
+    ways: dict[str, Callable[[], int]] = {
+        "one_at_a_time": one_at_a_time, "batched": batched, "tree": tree, "bound": bound,
+    }  # fmt: skip
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(args.repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            count = way()
+            # The first round warms up.
+            if round_number:
+                rates[name].append(count / (time.perf_counter() - began))
+    return {
+        "payments_per_second": rates,
+        "valid": valid,
+        "own_tokens": sum(map(len, own)) / len(own),
+        "prompt_tokens": _mean([len(model.renderer.prompt(prompt)) for prompt in prompts]),
+        "expansions": expansions[-1] / len(texts),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
