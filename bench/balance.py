@@ -68,7 +68,7 @@ class Balance:
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(Balance, prog="python -m bench balance", args=arguments, config=(tyro.conf.FlagConversionOff,))
+    args = tyro.cli(Balance, prog="python -m bench balance", args=arguments)
     unknown = [way for way in args.ways if way not in WAYS]
     if unknown:
         raise UserError(f"--ways {unknown[0]!r}: unknown; there are {', '.join(map(repr, WAYS))}")

@@ -55,7 +55,7 @@ class Classify:
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(Classify, prog="python -m bench classify", args=arguments, config=(tyro.conf.FlagConversionOff,))
+    args = tyro.cli(Classify, prog="python -m bench classify", args=arguments)
     with tempfile.TemporaryDirectory(prefix="bench-classify-") as folder:
         run = Run(args.run) if args.run else trained(args, Path(folder))
         opened, chosen, choice, max_length = train.open_run(RECIPE, run.path, args.backend)

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--worker"]:
         worker(*arguments[1:])
         return
-    args = tyro.cli(Prepare, prog="python -m bench prepare", args=arguments, config=(tyro.conf.FlagConversionOff,))
+    args = tyro.cli(Prepare, prog="python -m bench prepare", args=arguments)
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
         source = Path(folder) / "payments.csv"
         write_csv(source, args.rows, args.classes)

@@ -10,48 +10,63 @@ Base model: google/gemma-3-1b-it, under Gemma's terms of use (https://ai.google.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.stages.answers import score_answers
 from recipes.stages.cli import main
-from recipes.stages.read import read_jsonl
+from recipes.stages.read import clean, read_jsonl
 from recipes.stages.recipe import (
     BaseModel,
     Example,
     Message,
-    NoOptions,
     Reading,
     Recipe,
     Row,
     Sampling,
     Settings,
     Split,
+    UserError,
 )
 
 SYSTEM = "당신은 경험이 많은 진로 상담사입니다. 공감하며 듣고, 바로 해 볼 수 있는 걸음을 존댓말로 알려 주세요."
 
 
-def read(source: Path, options: NoOptions, reading: Reading) -> Iterator[Row]:
-    for line, value in read_jsonl(source, reading):
+@dataclass(frozen=True)
+class Dialogues:
+    """What the reader can be told."""
+
+    strict: bool = False
+    """Stop at the first bad line instead of dropping and counting it."""
+
+
+def read(source: Path, options: Dialogues, reading: Reading) -> Iterator[Row]:
+    for line, value in read_jsonl(source, reading, strict=options.strict):
         messages, fault = checked(value.get("messages"))
-        if fault:
-            reading.drop(fault, line)
-        else:
+        if not fault:
             yield {"messages": messages}
+        elif options.strict:
+            raise UserError(f"{source}: line {line}: {fault}; mend it, or leave --strict away to drop such lines")
+        else:
+            reading.drop(fault, line)
 
 
 def checked(messages: object) -> tuple[list[dict[str, str]], str | None]:
-    """The turns with their white space trimmed, or what is wrong with them."""
+    """The turns, cleaned, or what is wrong with them."""
     if not isinstance(messages, list) or not messages:
         return [], "no list under messages"
     turns: list[dict[str, str]] = []
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             return [], "a turn without text"
-        if not turn["content"].strip():
+        text = clean(turn["content"])
+        if not text:
             return [], "empty text"
-        turns.append({"role": turn.get("role", ""), "content": turn["content"].strip()})
+        turns.append({"role": turn.get("role", ""), "content": text})
     roles = [turn["role"] for turn in turns]
+    unknown = [role for role in roles if role not in ("system", "user", "assistant")]
+    if unknown:
+        return [], f"unknown role {str(unknown[0])[:20]!r}"
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
         return [], "roles are not (system,) user, assistant, user, assistant …"
@@ -81,11 +96,13 @@ RECIPE = Recipe(
         lora_rank=32,
         lora_alpha=32,
         lora_dropout=0.05,
+        early_stopping="patience=10,min_delta=0.001,watch=train",
     ),
     miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "checkpointing": False},
     split=Split(validation=0.1, test=0.1),
     sample="counsel.jsonl",
     read=read,
+    options=Dialogues(),
     to_example=to_example,
     ask=ask,
     score=score_answers,

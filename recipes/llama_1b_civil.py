@@ -11,6 +11,7 @@ Base model: meta-llama/Llama-3.2-1B, under the Llama 3.2 Community License (http
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.stages.answers import score_answers
@@ -20,13 +21,13 @@ from recipes.stages.recipe import (
     BaseModel,
     Example,
     Message,
-    NoOptions,
     Reading,
     Recipe,
     Row,
     Sampling,
     Settings,
     Split,
+    UserError,
 )
 
 COLUMNS = ("question", "answer", "category", "difficulty")
@@ -45,13 +46,63 @@ PLAIN = (
 )
 
 
-def read(source: Path, options: NoOptions, reading: Reading) -> Iterator[Row]:
+# Questions that every model of this recipe should be looked at with.
+CASES = {
+    "전세사기: 보증금 반환": "전세 계약이 끝났는데 집주인이 보증금을 돌려주지 않습니다. 무엇부터 해야 하나요?",
+    "전세사기: 계약서 검토": "전세 계약서에 서명하기 전에 등기부와 계약서에서 무엇을 확인해야 하나요?",
+    "전세사기: 예방": "전세사기를 당하지 않으려면 계약 전후에 어떤 조치를 해야 하나요?",
+    "부동산물권: 소유권": "매매 대금을 다 냈지만 등기를 하지 않았습니다. 제가 소유자인가요?",
+    "부동산물권: 담보물권": "근저당권이 설정된 집을 사면 어떤 위험이 있나요?",
+    "부동산물권: 취득시효": "20년 넘게 점유한 이웃 땅을 제 것으로 할 수 있나요?",
+    "일반": "구두로 한 약속도 계약으로 효력이 있나요?",
+}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the reader can be told."""
+
+    categories: tuple[str, ...] = ()
+    """Only rows of these categories; all if none is named."""
+    difficulties: tuple[str, ...] = ()
+    """Only rows of these difficulties; all if none is named."""
+    min_characters: int = 5
+    """Rows whose question or answer is shorter are dropped."""
+
+
+def read(source: Path, options: Questions, reading: Reading) -> Iterator[Row]:
+    seen: set[tuple[str, str]] = set()
+    found: dict[str, set[str]] = {"category": set(), "difficulty": set()}
     for line, cells in read_csv(source, COLUMNS, reading, older=("cp949",)):
         row = {column: fold(cells[column]) for column in COLUMNS}
-        if not row["question"] or not row["answer"]:
-            reading.drop("empty text", line)
+        for column, values in found.items():
+            values.add(row[column])
+        fault = _fault(row, options, seen)
+        if fault:
+            reading.drop(fault, line)
         else:
+            seen.add((row["question"], row["answer"]))
             yield row
+    for column, wanted in (("category", options.categories), ("difficulty", options.difficulties)):
+        unknown = sorted(set(wanted) - found[column])
+        if unknown:
+            raise UserError(
+                f"{source}: no row has the {column} {unknown[0]!r}; there are {', '.join(sorted(found[column]))}"
+            )
+
+
+def _fault(row: Row, options: Questions, seen: set[tuple[str, str]]) -> str | None:
+    if not row["question"] or not row["answer"]:
+        return "empty text"
+    if min(len(row["question"]), len(row["answer"])) < options.min_characters:
+        return f"shorter than {options.min_characters} characters"
+    if (row["question"], row["answer"]) in seen:
+        return "duplicate"
+    if options.categories and row["category"] not in options.categories:
+        return "other category"
+    if options.difficulties and row["difficulty"] not in options.difficulties:
+        return "other difficulty"
+    return None
 
 
 def to_example(row: Row) -> Example:
@@ -96,6 +147,9 @@ RECIPE = Recipe(
     split=Split(validation=0.1, test=0.1, by="category"),
     sample="civil.csv",
     read=read,
+    options=Questions(),
+    facets=("category", "difficulty"),
+    cases=CASES,
     to_example=to_example,
     ask=ask,
     text_column="question",

@@ -145,7 +145,7 @@ def test_the_best_checkpoint_is_kept_and_curves_are_drawn(folder: Path) -> None:
     assert len(evaluations) >= 2
     assert evaluations[-1]["step"] == metrics["optimizer_steps"]
     best = max(evaluations, key=lambda e: e["eval_f1_macro"])
-    assert (metrics["best_step"], metrics["best_eval_f1_macro"]) == (best["step"], best["eval_f1_macro"])
+    assert (metrics["kept_step"], metrics["best_eval_f1_macro"]) == (best["step"], best["eval_f1_macro"])
     assert f"kept the adapter of step {best['step']}" in printed
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -236,7 +236,9 @@ def check(backend: str) -> dict[str, Any]:
     def trainer(balance: Balance, batch_size: int, accumulation: int, objective: bool = True) -> Any:
         reset()
         mine = replace(settings, batch_size=batch_size, accumulation=accumulation, max_steps=1)
-        arguments = train.sft_arguments(mine, choice, Run(Path(tempfile.mkdtemp())), 1, 0)
+        watched = train.AnswerValidation(model, [None], 512)  # type: ignore[list-item]
+        arguments = train.sft_arguments(mine, choice, Run(Path(tempfile.mkdtemp())), 1, watched)
+        arguments.eval_strategy = "no"
         arguments.optim, arguments.max_grad_norm, arguments.report_to = "sgd", 0.0, []
         arguments.weight_decay = 0.0
         return RecipeTrainer(

@@ -1,28 +1,45 @@
 """A conversation, streamed. The same renderer as training; what is typed stays text."""
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from recipes.stages.console import say, write
 from recipes.stages.recipe import Message, Recipe, Sampling
+from recipes.stages.run import Run, read_json, write_json
 from recipes.stages.train import Model
 
+HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
-def chat(recipe: Recipe, model: Model, sampling: Sampling, max_length: int) -> list[Message]:
+
+def chat(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length: int) -> None:
     from recipes.stages.generation import stream
 
-    say("/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer")
+    say(HELP)
     history: list[Message] = []
     while True:
         write("> ")
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/exit":
-            say()
-            return history
-        if not line.strip():
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            say("\n/exit or Ctrl-D ends")
             continue
-        if line.strip() == "/reset":
+        command, _, argument = line.strip().partition(" ")
+        if not line or command == "/exit":
+            say()
+            return
+        if not command:
+            continue
+        if command == "/reset":
             history = []
             say("forgotten")
+            continue
+        if command == "/save":
+            save(argument.strip(), recipe, run, sampling, history)
+            continue
+        if command.startswith("/"):
+            say(f"no command {command}; {HELP}")
             continue
         turn = recipe.ask(line.strip())
         # A system text stands once, at the head of the conversation.
@@ -42,3 +59,22 @@ def chat(recipe: Recipe, model: Model, sampling: Sampling, max_length: int) -> l
         if recipe.notice:
             say(recipe.notice)
         history.append(Message("assistant", answer))
+
+
+def save(name: str, recipe: Recipe, run: Run, sampling: Sampling, history: list[Message]) -> None:
+    if not name:
+        say("/save wants a file name, as in /save talk.json")
+        return
+    transcript: dict[str, Any] = {
+        "recipe": recipe.name,
+        "run": str(run.path),
+        "model": read_json(run.config)["notice"],
+        "sampling": asdict(sampling),
+        "messages": [asdict(message) for message in history],
+    }
+    try:
+        write_json(Path(name), transcript)
+    except OSError as error:
+        say(f"{name}: {error.strerror}; nothing was saved")
+    else:
+        say(f"saved {len(history)} messages to {name}")

@@ -1,7 +1,9 @@
 """main(RECIPE): stages become subcommands. Loads no torch, so that --help answers at once."""
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +13,21 @@ import tyro
 
 from fallback.choose import Backend, CannotRun, Choice, choose
 from fallback.gpu import Gpu, read_gpu
-from recipes.stages import chat, evaluate, predict, prepare, train
-from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
+from recipes.stages import chat, evaluate, history, predict, prepare, stats, train
+from recipes.stages.base_model import (
+    Chosen,
+    ensure_files,
+    load_tokenizer,
+    model_type,
+    published_config,
+    settle,
+    tokenizer_file,
+)
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
 from recipes.stages.run import Run, environment, read_json, write_json
+from recipes.stages.stopping import EarlyStopping
 
 Options = TypeVar("Options")
 Balancing = TypeVar("Balancing")
@@ -39,6 +50,21 @@ class Prepare(Generic[Options]):
     """Print this many examples as the model will see them, and which of their tokens carry loss."""
     size: Literal["auto", "tiny", "small", "full"] = "auto"
     """Whose tokenizer --show uses."""
+    weights: Literal["pretrained", "random"] | None = None
+    """As for train."""
+    model: str | None = None
+    """As for train."""
+
+
+@dataclass(frozen=True)
+class Stats(Generic[Options]):
+    """Count what a file holds: rows, values, lengths in tokens."""
+
+    options: Options
+    source: Path | None = None
+    """Your data; without it the recipe's own sample."""
+    size: Literal["auto", "tiny", "small", "full"] = "auto"
+    """Whose tokenizer counts."""
     weights: Literal["pretrained", "random"] | None = None
     """As for train."""
     model: str | None = None
@@ -85,6 +111,14 @@ class Train(Generic[Options, Balancing]):
 
 
 @dataclass(frozen=True)
+class Runs:
+    """A table of all runs of this recipe: settings, loss, metrics, time."""
+
+    json: bool = False
+    """Print it as JSON."""
+
+
+@dataclass(frozen=True)
 class Trained:
     """Which run answers, and with what."""
 
@@ -99,6 +133,8 @@ class Evaluate(Generic[Answering]):
     """Answer the test split and score the answers."""
 
     answering: Answering
+    cases: bool = False
+    """Answer the recipe's fixed questions instead, and write them to cases.md."""
     trained: Trained = Trained()
 
 
@@ -153,6 +189,8 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
         "train": (Train, train_command),
         "evaluate": (Evaluate, evaluate_command),
         "predict": (Predict, predict_command),
+        "runs": (Runs, runs_command),
+        "stats": (Stats, stats_command),
     }
     if not isinstance(recipe.sample, str):
         stages = {"sample": (Sample, sample_command), **stages}
@@ -188,7 +226,7 @@ def parse(recipe: Recipe, stage: str, kind: Any, given: list[str], default: Any)
         prog=f"python -m recipes.{recipe.name} {stage}".strip(),
         args=given,
         default=default,
-        config=(Flat, tyro.conf.FlagConversionOff),
+        config=(Flat,),
     )
 
 
@@ -280,6 +318,7 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     """Every decision first, then the data, then the training; nothing is written before the decisions stand."""
     chosen = settle(recipe, args.size, args.weights, args.model)
     settings: Settings = args.settings
+    EarlyStopping.parse(settings.early_stopping)
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)
@@ -328,7 +367,7 @@ def less_memory(recipe: Recipe, settings: Settings, preset: str | None) -> str:
         half = settings.batch_size // 2
         remedy = f"take --batch-size {half} --accumulation {effective // half}, the same step with half the memory"
     elif not settings.checkpointing:
-        remedy = "take --checkpointing True"
+        remedy = "take --checkpointing"
     elif settings.quantization != "4bit":
         remedy = "take --quantization 4bit"
     else:
@@ -347,9 +386,14 @@ def answering(recipe: Recipe) -> Any:
 def evaluate_command(recipe: Recipe, given: list[str]) -> None:
     default = answering(recipe)
     args = parse(recipe, "evaluate", Evaluate[type(default)], given, Evaluate(default))  # type: ignore[misc]
+    if args.cases and not recipe.cases:
+        raise UserError(f"evaluate: {recipe.name} has no fixed questions; leave --cases away")
     run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
+        if args.cases:
+            evaluate.cases(recipe, run, model, args.answering, max_length)
+            return
         evaluate.tell(evaluate.evaluate(recipe, run, model, args.answering, max_length))
     say(f"every answer: {run.path / 'predictions.csv'}")
 
@@ -375,9 +419,28 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
             say(f"{rows:,} rows -> {args.out}")
 
 
+def stats_command(recipe: Recipe, given: list[str]) -> None:
+    kind: Any = Stats[type(recipe.options)]  # type: ignore[misc]
+    args = parse(recipe, "stats", kind, given, Stats(recipe.options))
+    chosen = settle(recipe, args.size, args.weights, args.model)
+    settings, _ = settings_in_force(recipe, given)
+    with tempfile.TemporaryDirectory() as folder, held_back(Path(folder) / "libraries.log"):
+        ensure_files(recipe, chosen)
+        stats.stats(recipe, args.source, args.options, load_tokenizer(recipe, chosen.source), settings.max_length)
+
+
+def runs_command(recipe: Recipe, given: list[str]) -> None:
+    args = parse(recipe, "runs", Runs, given, Runs())
+    lines = history.lines_of(recipe)
+    if args.json:
+        say(json.dumps(lines, ensure_ascii=False))
+    else:
+        say(history.table(lines) if lines else f"no runs of {recipe.name} yet")
+
+
 def chat_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "chat", Chat, given, Chat(sampling=recipe.sampling))
     run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
-        chat.chat(recipe, model, args.sampling, max_length)
+        chat.chat(recipe, run, model, args.sampling, max_length)

@@ -68,6 +68,14 @@ def held_back(log: Path) -> Iterator[None]:
         logging.lastResort = logging.StreamHandler(sys.stderr)
 
 
+def duration(seconds: float) -> str:
+    """For people: 48 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def progress(what: str, unit: str = "") -> Progress:
     """A bar with the time left; nothing where the output is no terminal."""
     own = console()

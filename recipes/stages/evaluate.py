@@ -8,8 +8,11 @@ from typing import Any
 from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
-from recipes.stages.run import Run, write_json, writing
+from recipes.stages.run import Run, read_json, write_json, writing
 from recipes.stages.train import Model, examples
+
+# Questions whose answers are shown beside the references and the base model's.
+_SIDE_BY_SIDE = 10
 
 
 def evaluate(recipe: Recipe, run: Run, model: Model, answering: Sampling | Scoring, max_length: int) -> dict[str, Any]:
@@ -35,7 +38,9 @@ def _by_answer(
     recipe: Recipe, run: Run, items: list[Example], model: Model, sampling: Sampling, max_length: int, done: Any
 ) -> dict[str, Any]:
     from recipes.stages.generation import generate
+    from recipes.stages.likelihood import answer_loss
 
+    validation = answer_loss(model, examples(recipe, run, "val"), max_length)
     began = time.perf_counter()
     answers = generate(model, [example.prompt for example in items], sampling, recipe.stop, max_length, done)
     seconds = time.perf_counter() - began
@@ -45,13 +50,47 @@ def _by_answer(
         table.writerow(["text", "true", "predicted", "stopped"])
         for p in predictions:
             table.writerow([p.example.text, p.example.answer, p.answer, int(p.stopped)])
+    with model.network.disable_adapter():
+        shown = [example.prompt for example in items[:_SIDE_BY_SIDE]]
+        untrained = generate(model, shown, sampling, recipe.stop, max_length)
+    _write_side_by_side(run, predictions[:_SIDE_BY_SIDE], [answer.text for answer in untrained])
     return {
         "rows": len(predictions),
+        "validation_loss": validation["loss"],
+        "validation_perplexity": validation["perplexity"],
         **(recipe.score(predictions) if recipe.score else {}),
-        "stopped_by_itself": sum(p.stopped for p in predictions) / len(predictions),
-        "empty": sum(not p.answer for p in predictions) / len(predictions),
         "seconds": round(seconds, 2),
     }
+
+
+def cases(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length: int) -> None:
+    """The recipe's fixed questions, answered: for reading, not for counting."""
+    from recipes.stages.generation import generate
+
+    prompts = [recipe.ask(question) for question in recipe.cases.values()]
+    answers = generate(model, prompts, sampling, recipe.stop, max_length)
+    with writing(run.path / "cases.md") as file:
+        file.write(f"# Fixed questions\n\nModel: {read_json(run.config)['notice']}.\n")
+        for (title, question), answer in zip(recipe.cases.items(), answers, strict=True):
+            text = answer.text + (f"\n\n{recipe.notice}" if recipe.notice else "")
+            file.write(f"\n## {title}\n\n{question}\n\n{text}\n")
+            say(f"{title}\n  question   {question}\n  answer     {text}\n".replace("\n\n", "\n"))
+    say(f"all of them: {run.path / 'cases.md'}")
+
+
+def _write_side_by_side(run: Run, predictions: Sequence[Prediction], untrained: Sequence[str]) -> None:
+    notice = read_json(run.config)["notice"]
+    with writing(run.path / "answers.md") as file:
+        file.write(f"# Answers to {len(predictions)} questions of the test split\n\nBase model: {notice}.\n")
+        for number, (p, before) in enumerate(zip(predictions, untrained, strict=True), 1):
+            file.write(f"\n## {number}. {_one_line(p.example.text)}\n\n")
+            file.write("| fine-tuned | base model | reference |\n|---|---|---|\n")
+            file.write(f"| {_one_line(p.answer)} | {_one_line(before)} | {_one_line(p.example.answer)} |\n")
+
+
+def _one_line(text: str) -> str:
+    """For a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") or "(empty)"
 
 
 def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any) -> dict[str, Any]:

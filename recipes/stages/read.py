@@ -1,8 +1,11 @@
 """Source files -> raw rows. Finds out what a file is before it is believed, and says what is wrong with it."""
 
 import csv
+import html
 import json
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,18 @@ _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 def fold(text: str) -> str:
     """Every run of white space becomes one space."""
     return " ".join(text.split())
+
+
+_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
+_BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\s*/?>", re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """Text that was copied from web pages: tags and entities resolved, Unicode composed, white space in order. Line
+    breaks stay, one empty line at most between two paragraphs."""
+    text = unicodedata.normalize("NFC", html.unescape(_TAG.sub("", _BREAK.sub("\n", text))))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
@@ -145,8 +160,8 @@ def read_labelled(
             reading.drop("empty text" if not text else "empty label", line)
 
 
-def read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line; lines that hold no JSON object are dropped and counted."""
+def read_jsonl(path: Path, reading: Reading, strict: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line. Lines that hold no JSON object are dropped and counted, or end it all."""
     encoding = encoding_of(path)
     reading.notes.update(encoding=encoding)
     lines = 0
@@ -158,11 +173,13 @@ def read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, An
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
-                reading.drop("not JSON", number)
+                value = None
+            if isinstance(value, dict):
+                yield number, value
                 continue
-            if not isinstance(value, dict):
-                reading.drop("not a JSON object", number)
-                continue
-            yield number, value
+            fault = "not JSON" if value is None else "not a JSON object"
+            if strict:
+                raise UserError(f"{path}: line {number}: {fault}; mend it, or leave --strict away to drop such lines")
+            reading.drop(fault, number)
     if not lines:
         raise UserError(f"{path}: the file is empty; it needs one JSON object a line")

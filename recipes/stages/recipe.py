@@ -58,6 +58,9 @@ class Settings:
     """Names of the linear layers that get LoRA matrices."""
     neftune_alpha: float = 0.0
     """Noise on the embeddings in training (NEFTune); 0 turns it off."""
+    early_stopping: str = "off"
+    """off, or patience=10,min_delta=0.001,watch=train (or watch=validation): end after so many checks without so much
+    improvement of the loss. Checks are every --log-every steps, or every evaluation."""
     seed: int = 42
     """Seeds the split, the LoRA start, the order of batches and dropout."""
     log_every: int = 10
@@ -218,6 +221,10 @@ class Recipe:
     """One user text -> prompt, for predict and chat."""
     text_column: str = "text"
     """Column of a file whose rows are to be answered."""
+    facets: tuple[str, ...] = ()
+    """Row fields by whose values `stats` counts."""
+    cases: Mapping[str, str] = field(default_factory=dict)
+    """Title -> question: a fixed set that `evaluate --cases` answers."""
     notice: str | None = None
     """A line that follows every answer."""
 

@@ -18,10 +18,11 @@ from typing import Any
 from fallback.choose import Backend, CannotRun, Choice, choose
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
-from recipes.stages.console import progress, say
+from recipes.stages.console import duration, progress, say
 from recipes.stages.recipe import Balance, Example, Recipe, Settings, UserError
 from recipes.stages.render import Rendered, Renderer
 from recipes.stages.run import Run, find_run, read_json, read_jsonl, write_json, writing
+from recipes.stages.stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def start_lora(network: Any, settings: Settings) -> None:
             weight.copy_(start)
 
 
-def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, evaluations: int) -> Any:
+def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, validation: Any) -> Any:
     """Settings -> SFTConfig: the one place where our names meet TRL's."""
     from trl import SFTConfig
 
@@ -123,10 +124,10 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, eval
         report_to=["tensorboard"],
         disable_tqdm=True,
         save_strategy="no",
-        eval_strategy="steps" if evaluations else "no",
-        eval_steps=math.ceil(steps / evaluations) if evaluations else None,
-        metric_for_best_model="eval_f1_macro" if evaluations else None,
-        greater_is_better=True if evaluations else None,
+        eval_strategy="steps",
+        eval_steps=math.ceil(steps / evaluations(steps, settings, len(validation.items))),
+        metric_for_best_model=f"eval_{validation.metric}",
+        greater_is_better=validation.higher_is_better,
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -155,10 +156,14 @@ def render_all(
     return kept, rendered, {"examples": len(rendered), "shortened": shortened, "left_out": left_out}
 
 
+# Steps from which the time of the whole training is estimated first.
+_FIRST_STEPS = 5
 # A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
 _VALIDATION_COST = 0.6
 # Share of the training time that choosing the best checkpoint may cost.
 _VALIDATION_SHARE = 0.08
+# Validation examples whose loss is watched, where answers are free text.
+_VALIDATION_ANSWERS = 200
 
 
 def evaluations(steps: int, settings: Settings, validation_rows: int) -> int:
@@ -180,7 +185,7 @@ def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Exam
 
 
 @dataclass
-class Validation:
+class ClassValidation:
     """Answers a part of the validation split as evaluate will answer the test split, and calibrates on it."""
 
     model: Model
@@ -189,11 +194,15 @@ class Validation:
     """Of each item: the sample holds more of the rare classes than the split does."""
     train_rows: dict[str, int]
     max_length: int
+    metric: str = "f1_macro"
+    higher_is_better: bool = True
     temperature: float = 1.0
     seconds: float = 0.0
 
     @classmethod
-    def on(cls, model: Model, split: Sequence[Example], train: Sequence[Example], rows: int, settings: Settings) -> Any:
+    def on(
+        cls, model: Model, split: Sequence[Example], train: Sequence[Example], rows: int, settings: Settings
+    ) -> "ClassValidation":
         import numpy as np
 
         items = keeping_classes(split, rows, settings.seed)
@@ -201,6 +210,10 @@ class Validation:
         weights = np.array([whole[e.label] / part[e.label] for e in items])
         train_rows = {str(label): count for label, count in Counter(e.label for e in train).most_common()}
         return cls(model, items, weights, train_rows, settings.max_length)
+
+    @property
+    def known(self) -> Known:
+        return Known(self.train_rows, self.temperature)
 
     def __call__(self) -> dict[str, float]:
         import numpy as np
@@ -225,6 +238,36 @@ class Validation:
             **{name: found[name] for name in ("f1_macro", "f1_micro", "accuracy")},
         }
 
+    @staticmethod
+    def told(metrics: dict[str, float]) -> str:
+        f1, accuracy, loss = (metrics[f"eval_{name}"] for name in ("f1_macro", "accuracy", "loss"))
+        return f"macro F1 {f1:.4f}, accuracy {accuracy:.4f}, loss {loss:.4f}"
+
+
+@dataclass
+class AnswerValidation:
+    """How probable a part of the validation split's answers are to the model."""
+
+    model: Model
+    items: Sequence[Example]
+    max_length: int
+    metric: str = "loss"
+    higher_is_better: bool = False
+    known: Known | None = None
+    seconds: float = 0.0
+
+    def __call__(self) -> dict[str, float]:
+        from recipes.stages.likelihood import answer_loss
+
+        began = time.perf_counter()
+        found = answer_loss(self.model, self.items, self.max_length)
+        self.seconds += time.perf_counter() - began
+        return {"loss": found["loss"], "perplexity": found["perplexity"]}
+
+    @staticmethod
+    def told(metrics: dict[str, float]) -> str:
+        return f"loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}"
+
 
 def train(
     recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None
@@ -235,7 +278,7 @@ def train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
     from recipes.stages.losses import Objective, draws
-    from recipes.stages.trainer import Batches, Drawn, KeepBest, RecipeTrainer, StepRecord, dataset
+    from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, StepRecord, StopEarly, Validations, dataset
 
     items, rendered, counts = render_all(
         model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
@@ -247,9 +290,16 @@ def train(
             f"max_length {settings.max_length}: {counts['shortened']} inputs were shortened and {counts['left_out']} "
             "examples left out because their answer alone is longer; raise --max-length to keep them whole"
         )
-    classes, drawn, objective, validation = [0] * len(items), [len(items)], None, None
+    held_out = examples(recipe, run, "val")
+    early = EarlyStopping.parse(settings.early_stopping)
+    classes, drawn, objective = [0] * len(items), [len(items)], None
+    validation: ClassValidation | AnswerValidation
+    validation = AnswerValidation(model, held_out[:_VALIDATION_ANSWERS], settings.max_length)
+    # Chat models are trained beyond the lowest validation loss on purpose; their last adapter is kept.
+    keep_best = early is not None and early.watch == "validation"
     if isinstance(balance, Balance):
-        validation = Validation.on(model, examples(recipe, run, "val"), items, balance.eval_rows, settings)
+        keep_best = True
+        validation = ClassValidation.on(model, held_out, items, balance.eval_rows, settings)
         names = list(validation.train_rows)
         classes = [names.index(str(example.label)) for example in items]
         sizes = list(validation.train_rows.values())
@@ -272,6 +322,9 @@ def train(
 
         def on_step(step: dict[str, Any], total: int) -> None:
             losses.append(step["loss"])
+            if step["step"] == min(_FIRST_STEPS, total):
+                whole = (time.perf_counter() - loaded) / step["step"] * total
+                bar.console.print(f"by the first {step['step']} steps, training will take about {duration(whole)}")
             bar.update(task, completed=step["step"], total=total)
             if step["step"] % settings.log_every == 0 or step["step"] in (1, total):
                 rate = step["supervised_tokens"] / max(step["seconds"], 1e-9)
@@ -284,39 +337,35 @@ def train(
 
         def on_validation(step: int, metrics: dict[str, float], better: bool) -> None:
             validation_file.write(json.dumps({"step": step, **metrics}) + "\n")
-            bar.console.print(
-                f"validation at step {step}: macro F1 {metrics['eval_f1_macro']:.4f}, accuracy "
-                f"{metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}" + (", the best so far" * better),
-                markup=False,
-            )
-
-        def keep() -> None:
-            save_adapter(model, run, Known(validation.train_rows, validation.temperature) if validation else None)
+            told = f"validation at step {step}: {validation.told(metrics)}" + ", the best so far" * better
+            bar.console.print(told, markup=False)
 
         record = StepRecord(steps_file, on_step)
-        best = KeepBest("eval_f1_macro", keep, on_validation) if validation else None
+        checks = Validations(
+            f"eval_{validation.metric}",
+            validation.higher_is_better,
+            (lambda: save_adapter(model, run, validation.known)) if keep_best else None,
+            on_validation,
+        )
+        stop = StopEarly(early, settings.log_every) if early else None
         trainer = RecipeTrainer(
             sampler=Drawn(classes, drawn, settings.seed),
             objective=objective,
             validate=validation,
             model=model.network,
-            args=sft_arguments(
-                settings, choice, run, steps, evaluations(steps, settings, len(validation.items)) if validation else 0
-            ),
+            args=sft_arguments(settings, choice, run, steps, validation),
             train_dataset=dataset(rendered, classes if objective else None),
-            eval_dataset=dataset(rendered[:1]) if validation else None,
+            eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
             data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3"),
-            callbacks=[record, best] if best else [record],
+            callbacks=[record, checks, *([stop] if stop else [])],
         )
         record.trainer = trainer
         loaded = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        if not best:
-            keep()
-    if not validation:
-        (run.path / "validation.jsonl").unlink()
+        if not keep_best:
+            save_adapter(model, run, validation.known)
     # The trainer makes its folder whether or not it has anything to put there.
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     window = max(1, min(10, len(losses) // 5))
@@ -330,17 +379,19 @@ def train(
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trained - loaded, 2),
     }
-    if validation and best:
-        measured.update(
-            best_step=best.best_step,
-            best_eval_f1_macro=trainer.state.best_metric,
-            temperature=validation.temperature,
-            validation_seconds=round(validation.seconds, 2),
-        )
-        say(
-            f"kept the adapter of step {best.best_step}, macro F1 {trainer.state.best_metric:.4f} on validation; "
-            f"validating took {validation.seconds / (trained - loaded):.1%} of the time"
-        )
+    measured.update(
+        validation_seconds=round(validation.seconds, 2),
+        stopped_early_at=stop.stopped_at if stop else None,
+        kept_step=checks.best_step if keep_best else len(losses),
+    )
+    if isinstance(validation, ClassValidation):
+        measured["temperature"] = validation.temperature
+    if keep_best:
+        measured[f"best_eval_{validation.metric}"] = checks.best
+        say(f"kept the adapter of step {checks.best_step}, {validation.metric} {checks.best:.4f} on validation")
+    if stop and stop.stopped_at:
+        say(f"stopped early at step {stop.stopped_at} of {steps}: {settings.early_stopping}")
+    say(f"validating took {validation.seconds / (trained - loaded):.1%} of the time")
     return measured
 
 

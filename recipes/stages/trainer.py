@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from recipes.stages.losses import Objective
 from recipes.stages.render import IGNORED, Rendered
+from recipes.stages.stopping import EarlyStopping, Patience
 
 
 class Batches:
@@ -174,14 +175,20 @@ class StepRecord(TrainerCallback):
         self.on_step(step, state.max_steps)
 
 
-class KeepBest(TrainerCallback):
-    """Saves the adapter at every evaluation that is better than all before: what was reached is never lost again."""
+class Validations(TrainerCallback):
+    """Tells of every evaluation, sees to one at the end, and saves the adapter at each that is better than all before
+    where that is wanted: what was reached is never lost again."""
 
     def __init__(
-        self, metric: str, save: Callable[[], None], on_evaluation: Callable[[int, dict[str, float], bool], None]
+        self,
+        metric: str,
+        higher_is_better: bool,
+        save: Callable[[], None] | None,
+        on_evaluation: Callable[[int, dict[str, float], bool], None],
     ):
-        self.metric, self.save, self.on_evaluation = metric, save, on_evaluation
-        self.best_step: int | None = None
+        self.metric, self.sign = metric, 1 if higher_is_better else -1
+        self.save, self.on_evaluation = save, on_evaluation
+        self.best_step, self.best = 0, float("nan")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -189,11 +196,47 @@ class KeepBest(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         # The trainer notes the new best metric in its state only after this.
-        better = state.best_metric is None or metrics[self.metric] > state.best_metric
+        before, now = state.best_metric, metrics[self.metric]
+        better = before is None or self.sign * now > self.sign * before
         if better:
-            self.save()
-            self.best_step = state.global_step
+            self.best_step, self.best = state.global_step, now
+            if self.save:
+                self.save()
         self.on_evaluation(state.global_step, metrics, better)
+
+
+class StopEarly(TrainerCallback):
+    """Ends training when its patience is exhausted. What it knows follows from the trainer's log alone, which is part
+    of every checkpoint: a resumed run counts on where it was."""
+
+    def __init__(self, rule: EarlyStopping, every: int):
+        self.rule, self.every = rule, every
+        self.patience, self.losses = Patience(rule), list[float]()
+        self.stopped_at: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.patience, self.losses = Patience(self.rule), []
+        for logs in state.log_history:
+            self._see(logs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if self._see(logs or {}) and self.stopped_at is None:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+            control.should_evaluate = True
+
+    def _see(self, logs: dict[str, float]) -> bool:
+        """Whether patience is exhausted by this."""
+        if self.rule.watch == "validation":
+            return "eval_loss" in logs and self.patience.exhausted(logs["eval_loss"])
+        if "loss" not in logs:
+            return False
+        self.losses.append(float(logs["loss"]))
+        if len(self.losses) < self.every:
+            return False
+        mean = sum(self.losses) / self.every
+        self.losses.clear()
+        return self.patience.exhausted(mean)
 
 
 def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None) -> Any:

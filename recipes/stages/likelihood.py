@@ -1,0 +1,49 @@
+"""How probable the model finds the reference answers: loss and perplexity on answer tokens.
+
+Only the hidden states of answer tokens meet the output head, a few at a time: a vocabulary of 262,144 words times
+every token of a long dialogue would not fit beside the model.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fallback.portable_loss import PortableLogProb
+from recipes.stages.recipe import Example
+from recipes.stages.render import IGNORED
+from recipes.stages.train import Model
+
+
+def answer_loss(model: Model, items: Sequence[Example], max_length: int, batch_tokens: int = 8192) -> dict[str, Any]:
+    """Mean negative log-likelihood per answer token, in nats, and its exponential."""
+    from recipes.stages.trainer import Batches, supervised
+
+    rendered = [tokens for item in items if (tokens := model.renderer.example(item, max_length)) is not None]
+    rendered.sort(key=lambda tokens: len(tokens.input_ids), reverse=True)
+    collate = Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3")
+    total, count, at = 0.0, 0, 0
+    while at < len(rendered):
+        rows = max(1, batch_tokens // len(rendered[at].input_ids))
+        batch = collate([{"input_ids": r.input_ids, "labels": r.labels} for r in rendered[at : at + rows]])
+        batch = {name: tensor.to(model.network.device) for name, tensor in batch.items()}
+        total -= float(_log_probs(model.network, batch).sum())
+        count += int(supervised(batch).sum())
+        at += rows
+    loss = total / max(1, count)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "answer_tokens": count}
+
+
+def _log_probs(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of every supervised token, in one row."""
+    labels = batch["labels"][:, 1:]
+    causal = network.get_base_model()
+    head = causal.get_output_embeddings()
+    text = causal.config.get_text_config()
+    with torch.inference_mode():
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden = causal.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
+        mask = labels != IGNORED
+        softcap = getattr(text, "final_logit_softcapping", None)
+        return PortableLogProb.apply(hidden[mask], head.weight, head.bias, labels[mask], 1.0, 0, softcap)[0]
