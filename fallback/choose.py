@@ -21,6 +21,7 @@ from fallback.gpu import Gpu, read_gpu
 
 BackendName = Literal["unsloth", "peft"]
 Backend = Literal["auto", "unsloth", "peft"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft")
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft": "fallback.plain_peft"}
 _CACHE = Path(__file__).parents[1] / ".cache" / "probes"
@@ -37,7 +38,7 @@ class Choice:
     backend: BackendName
     device: Literal["cuda", "cpu"]
     dtype: Literal["bfloat16", "float16", "float32"]
-    attention: Literal["sdpa", "eager"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
     quantization: Literal["4bit", "8bit", "none"]
     optimizer: str
     triton: bool
@@ -63,6 +64,7 @@ def choose(
     quantization: Literal["4bit", "8bit", "none"] = "none",
     optimizer: str = "adamw_torch",
     gpu: Gpu | Literal["read"] | None = "read",
+    attention: Attention = "auto",
 ) -> Choice:
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run."""
     if gpu == "read":
@@ -89,11 +91,7 @@ def choose(
         reasons["device"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
 
     dtype, reasons["dtype"] = _dtype(gpu, model_type)
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    reasons["attention"] = "torch's fused attention runs everywhere"
-    if model_type == "gemma2":
-        attention = "eager"
-        reasons["attention"] = "Gemma 2 caps its attention scores, which torch's fused attention cannot"
+    chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, dtype)
 
     if quantization == "8bit" and device == "cpu":
         quantization = "none"
@@ -122,7 +120,31 @@ def choose(
         else "fused LM head in plain torch, since Triton "
         + ("needs a GPU" if gpu is None else "needs compute capability 7.0" if not gpu.triton else "is not installed")
     )
-    return Choice(backend, device, dtype, attention, quantization, optimizer, triton, reasons)
+    return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton, reasons)
+
+
+def _attention(
+    gpu: Gpu | None, model_type: str, wanted: Attention, dtype: str
+) -> tuple[Literal["sdpa", "eager", "flash_attention_2"], str]:
+    if wanted == "flash_attention_2":
+        if gpu is None or gpu.capability < (8, 0):
+            obstacle = "it needs a GPU of compute capability 8.0"
+        elif importlib.util.find_spec("flash_attn") is None:
+            obstacle = "the package flash-attn is not installed"
+        elif dtype == "float32":
+            obstacle = "it computes in 16 bits only"
+        else:
+            return "flash_attention_2", "--attention flash_attention_2"
+        raise CannotRun(f"--attention flash_attention_2 cannot run here: {obstacle}. Use --attention auto")
+    if model_type == "gemma2":
+        if wanted == "sdpa":
+            raise CannotRun(
+                "--attention sdpa: Gemma 2 caps its attention scores, which torch's fused attention cannot; use eager"
+            )
+        return "eager", "Gemma 2 caps its attention scores, which torch's fused attention cannot"
+    if wanted == "auto":
+        return "sdpa", "torch's fused attention runs everywhere"
+    return wanted, f"--attention {wanted}"
 
 
 def _dtype(gpu: Gpu | None, model_type: str) -> tuple[Literal["bfloat16", "float16", "float32"], str]:

@@ -11,6 +11,7 @@ Base model: google/gemma-2-2b-it, under Gemma's terms of use (https://ai.google.
 from recipes.stages import persona
 from recipes.stages.answers import score_answers
 from recipes.stages.cli import main
+from recipes.stages.memory import Recall
 from recipes.stages.recipe import BaseModel, Recipe, Sampling, Settings, Split
 
 RECIPE = Recipe(
@@ -35,6 +36,7 @@ RECIPE = Recipe(
     read=persona.read,
     to_example=persona.to_example,
     ask=persona.ask,
+    recall=Recall(),
     text_column="input_data",
     score=score_answers,
     stop_phrase=persona.STOP,

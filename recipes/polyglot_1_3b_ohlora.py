@@ -11,6 +11,7 @@ Base model: EleutherAI/polyglot-ko-1.3b, Apache-2.0. Its rival on the same data:
 from recipes.stages import persona
 from recipes.stages.answers import score_answers
 from recipes.stages.cli import main
+from recipes.stages.memory import Recall
 from recipes.stages.recipe import BaseModel, Recipe, Sampling, Settings, Split
 
 PLAIN = (
@@ -45,6 +46,7 @@ RECIPE = Recipe(
     read=persona.read,
     to_example=persona.to_example,
     ask=persona.ask,
+    recall=Recall(),
     text_column="input_data",
     score=score_answers,
     stop_phrase=persona.STOP,

@@ -105,3 +105,20 @@ def test_an_unsloth_that_does_not_import_is_a_reason_not_a_crash(
 def test_unsloth_is_not_imported_to_find_out() -> None:
     choose("llama", gpu=None)
     assert "unsloth" not in sys.modules
+
+
+def test_attention_that_was_asked_for_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    modern = CARDS["RTX 3060"]
+    assert choose("llama", gpu=modern).attention == "sdpa"
+    assert choose("llama", gpu=modern, attention="eager").attention == "eager"
+    assert choose("gemma2", gpu=modern).attention == "eager"
+    with pytest.raises(CannotRun, match="caps its attention scores"):
+        choose("gemma2", gpu=modern, attention="sdpa")
+    for gpu in (None, CARDS["T4"]):
+        with pytest.raises(CannotRun, match=r"compute capability 8\.0"):
+            choose("llama", "peft", gpu=gpu, attention="flash_attention_2")
+    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else object())
+    with pytest.raises(CannotRun, match="flash-attn is not installed"):
+        choose("llama", "peft", gpu=modern, attention="flash_attention_2")
+    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: object())
+    assert choose("llama", "peft", gpu=modern, attention="flash_attention_2").attention == "flash_attention_2"

@@ -236,7 +236,7 @@ def check(backend: str) -> dict[str, Any]:
     def trainer(balance: Balance, batch_size: int, accumulation: int, objective: bool = True) -> Any:
         reset()
         mine = replace(settings, batch_size=batch_size, accumulation=accumulation, max_steps=1)
-        watched = train.AnswerValidation(model, [None], 512)  # type: ignore[list-item]
+        watched = train.AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path())  # type: ignore[list-item]
         arguments = train.sft_arguments(mine, choice, Run(Path(tempfile.mkdtemp())), 1, watched)
         arguments.eval_strategy = "no"
         arguments.optim, arguments.max_grad_norm, arguments.report_to = "sgd", 0.0, []

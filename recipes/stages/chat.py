@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.stages.console import say, write
+from recipes.stages.memory import asker
 from recipes.stages.recipe import Message, Recipe, Sampling
 from recipes.stages.run import Run, read_json, write_json
 from recipes.stages.train import Model
@@ -13,9 +14,10 @@ from recipes.stages.train import Model
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
-def chat(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length: int) -> None:
+def chat(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length: int, recall: Any = None) -> None:
     from recipes.stages.generation import stream
 
+    ask = asker(recipe, recall)
     say(HELP)
     history: list[Message] = []
     while True:
@@ -41,7 +43,7 @@ def chat(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length:
         if command.startswith("/"):
             say(f"no command {command}; {HELP}")
             continue
-        turn = recipe.ask(line.strip())
+        turn = ask(line.strip())
         # A system text stands once, at the head of the conversation.
         history += turn if not history else [message for message in turn if message.role != "system"]
         shown: list[str] = []

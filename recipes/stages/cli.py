@@ -25,6 +25,7 @@ from recipes.stages.base_model import (
 )
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
+from recipes.stages.memory import Memory, Recall
 from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
 from recipes.stages.run import Run, environment, read_json, write_json
 from recipes.stages.stopping import EarlyStopping
@@ -32,6 +33,7 @@ from recipes.stages.stopping import EarlyStopping
 Options = TypeVar("Options")
 Balancing = TypeVar("Balancing")
 Answering = TypeVar("Answering", Sampling, Scoring)
+Remembering = TypeVar("Remembering")
 Flat = tyro.conf.OmitArgPrefixes
 
 
@@ -139,12 +141,15 @@ class Evaluate(Generic[Answering]):
 
 
 @dataclass(frozen=True)
-class Predict(Generic[Answering]):
+class Predict(Generic[Answering, Remembering]):
     """Answer one text, every row of a file, or every line of standard input."""
 
     answering: Answering
+    recall: Remembering
     text: Annotated[str | None, tyro.conf.Positional] = None
     """The text to answer; without it they are read from standard input."""
+    speed: bool = False
+    """Measure how fast answers are made instead: prefill and decode, tokens per second."""
     file: Path | None = None
     """CSV file whose rows are to be answered."""
     out: Path | None = None
@@ -155,11 +160,21 @@ class Predict(Generic[Answering]):
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Generic[Remembering]):
     """Talk to the model."""
 
     sampling: Sampling
+    recall: Remembering
     trained: Trained = Trained()
+
+
+@dataclass(frozen=True)
+class Remember:
+    """Show which item of a memory file would be put before a question, and how related all of them are."""
+
+    recall: Recall
+    test: tuple[str, ...] = ()
+    """Questions to try; the recipe's own sample questions if none is given."""
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -194,6 +209,8 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
     }
     if not isinstance(recipe.sample, str):
         stages = {"sample": (Sample, sample_command), **stages}
+    if isinstance(recipe.recall, Recall):
+        stages["memory"] = (Remember, memory_command)
     if not recipe.closed:
         stages["chat"] = (Chat, chat_command)
     return stages
@@ -322,7 +339,13 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)
-    choice = choose(model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer)
+    choice = choose(
+        model_type(recipe, chosen),
+        args.backend,
+        settings.quantization,
+        settings.optimizer,
+        attention=settings.attention,
+    )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if args.preset:
         say(
@@ -400,17 +423,23 @@ def evaluate_command(recipe: Recipe, given: list[str]) -> None:
 
 def predict_command(recipe: Recipe, given: list[str]) -> None:
     default = answering(recipe)
-    kind: Any = Predict[type(default)]  # type: ignore[misc]
-    args = parse(recipe, "predict", kind, given, Predict(default, text_column=recipe.text_column))
+    kind: Any = Predict[type(default), type(recipe.recall)]  # type: ignore[misc]
+    args = parse(recipe, "predict", kind, given, Predict(default, recipe.recall, text_column=recipe.text_column))
     if (args.file is None) != (args.out is None):
         raise UserError("predict: --file and --out go together: the rows to answer, and where the answers go")
+    if args.speed and recipe.closed:
+        raise UserError(f"predict --speed: {recipe.name} generates nothing; see python -m bench classify")
     if args.file is not None and args.text is not None:
         raise UserError("predict: give a text or --file, not both")
-    questions = predict.texts(args.text) if args.file is None else ()
+    questions = predict.texts(args.text) if args.file is None and not args.speed else ()
     run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
-        names, answer = predict.answerer(recipe, run, model, args.answering, max_length)
+        if args.speed:
+            asked = [args.text] if args.text else [example.text for example in prepare.sample_examples(recipe)[:5]]
+            predict.tell_speed(recipe, model, asked, args.answering, max_length)
+            return
+        names, answer = predict.answerer(recipe, run, model, args.answering, max_length, args.recall)
         if args.file is None:
             predict.to_terminal(recipe, answer, questions, recipe.sampling.batch_size)
         else:
@@ -429,6 +458,20 @@ def stats_command(recipe: Recipe, given: list[str]) -> None:
         stats.stats(recipe, args.source, args.options, load_tokenizer(recipe, chosen.source), settings.max_length)
 
 
+def memory_command(recipe: Recipe, given: list[str]) -> None:
+    args = parse(recipe, "memory", Remember, given, Remember(recipe.recall))
+    if args.recall.memory is None:
+        raise UserError(
+            "memory: name the file with --memory FILE, a line per item, as in [오늘 일정: 친구랑 카페 방문]"
+        )
+    memory = Memory.of(args.recall)
+    for question in args.test or [example.text for example in prepare.sample_examples(recipe)[:10]]:
+        say(question)
+        for place, (score, item) in enumerate(memory.ranked(question)[:5]):
+            used = "  <- put before the question" if not place and score >= args.recall.memory_threshold else ""
+            say(f"  {score:.2f}  {item}{used}")
+
+
 def runs_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "runs", Runs, given, Runs())
     lines = history.lines_of(recipe)
@@ -439,8 +482,9 @@ def runs_command(recipe: Recipe, given: list[str]) -> None:
 
 
 def chat_command(recipe: Recipe, given: list[str]) -> None:
-    args = parse(recipe, "chat", Chat, given, Chat(sampling=recipe.sampling))
+    kind: Any = Chat[type(recipe.recall)]  # type: ignore[misc]
+    args = parse(recipe, "chat", kind, given, Chat(recipe.sampling, recipe.recall))
     run, chosen, choice, max_length = train.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, max_length)
-        chat.chat(recipe, run, model, args.sampling, max_length)
+        chat.chat(recipe, run, model, args.sampling, max_length, args.recall)

@@ -1,7 +1,8 @@
 """Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +129,57 @@ def generate(
             answers[index] = answer
         done(len(batch))
     return [answer for answer in answers if answer is not None]
+
+
+def several(
+    model: Model,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    max_length: int | None = None,
+) -> list[list[Answer]]:
+    """sampling.answers answers to each prompt; empty ones are drawn again."""
+    repeated = [prompt for prompt in prompts for _ in range(sampling.answers)]
+    answers = generate(model, repeated, sampling, stop, max_length)
+    for _ in range(sampling.max_trials if sampling.temperature > 0 else 0):
+        empty = [i for i, answer in enumerate(answers) if not answer.text]
+        if not empty:
+            break
+        again = generate(model, [repeated[i] for i in empty], sampling, stop, max_length)
+        for i, answer in zip(empty, again, strict=True):
+            answers[i] = answer
+    return [answers[i : i + sampling.answers] for i in range(0, len(answers), sampling.answers)]
+
+
+@dataclass(frozen=True)
+class Speed:
+    prompt_tokens: int
+    new_tokens: int
+    """Tokens decoded after the first."""
+    prefill_seconds: float
+    """Until the first new token."""
+    decode_seconds: float
+
+
+def speed(model: Model, messages: Sequence[Message], sampling: Sampling, max_length: int | None = None) -> Speed:
+    """How long one answer takes. No token ends it, so that as many are decoded as are counted."""
+    ids = model.renderer.prompt(messages, max_length)
+    tokens = torch.tensor([ids], device=model.network.device)
+
+    def seconds(new: int) -> float:
+        how = configuration(model, replace(sampling, max_new_tokens=new))
+        how.min_new_tokens = new
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.network.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=how)
+        if model.network.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    new = max(2, sampling.max_new_tokens)
+    seconds(2)
+    first, whole = seconds(1), seconds(new)
+    return Speed(len(ids), new - 1, first, max(1e-9, whole - first))
 
 
 def stream(

@@ -11,6 +11,7 @@ from typing import Any
 
 from recipes.stages.classifier import Classifier, Scoring
 from recipes.stages.console import progress, say
+from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
 from recipes.stages.recipe import Reading, Recipe, Sampling, UserError
 from recipes.stages.run import Run, read_json, write_json
@@ -40,27 +41,44 @@ def lines() -> Iterator[str]:
 
 
 def answerer(
-    recipe: Recipe, run: Run, model: Model, answering: Sampling | Scoring, max_length: int
+    recipe: Recipe, run: Run, model: Model, answering: Sampling | Scoring, max_length: int, recall: Any = None
 ) -> tuple[list[str], Answerer]:
     """The names of an answer's cells, and what fills them."""
+    ask = asker(recipe, recall)
     if isinstance(answering, Scoring):
         classifier = Classifier(recipe, scoring=answering).use(model, run, max_length)
 
         def classify(batch: Sequence[str]) -> list[list[str]]:
             found = []
-            for verdict in classifier.verdicts([recipe.ask(text) for text in batch]):
+            for verdict in classifier.verdicts([ask(text) for text in batch]):
                 second, its = verdict.ranking[1] if len(verdict.ranking) > 1 else ("", 0.0)
                 found.append([verdict.code, f"{verdict.confidence:.4f}", second, f"{its:.4f}"])
             return found
 
         return ["predicted", "confidence", "second_choice", "second_confidence"], classify
-    from recipes.stages.generation import generate
+    from recipes.stages.generation import several
 
     def respond(batch: Sequence[str]) -> list[list[str]]:
-        answers = generate(model, [recipe.ask(text) for text in batch], answering, recipe.stop, max_length)
-        return [[answer.text, str(int(answer.stopped))] for answer in answers]
+        found = several(model, [ask(text) for text in batch], answering, recipe.stop, max_length)
+        return [[answer.text for answer in answers] for answers in found]
 
-    return ["answer", "stopped"], respond
+    return [f"answer_{i + 1}" if i else "answer" for i in range(answering.answers)], respond
+
+
+def tell_speed(recipe: Recipe, model: Model, questions: Sequence[str], sampling: Sampling, max_length: int) -> None:
+    """Prefill and decode, each question alone, as in a conversation."""
+    from statistics import median
+
+    from recipes.stages.generation import speed
+
+    found = [speed(model, recipe.ask(question), sampling, max_length) for question in questions]
+    say(
+        f"{len(found)} questions of {median(one.prompt_tokens for one in found):.0f} tokens, "
+        f"{found[0].new_tokens} new tokens each, one at a time; medians:"
+    )
+    say(f"  prefill         {median(one.prompt_tokens / one.prefill_seconds for one in found):10.1f} tokens/s")
+    say(f"  first token in  {median(one.prefill_seconds for one in found):10.3f} s")
+    say(f"  decode          {median(one.new_tokens / one.decode_seconds for one in found):10.1f} tokens/s")
 
 
 def to_terminal(recipe: Recipe, answer: Answerer, questions: Iterable[str], batch_size: int) -> None:
@@ -70,7 +88,8 @@ def to_terminal(recipe: Recipe, answer: Answerer, questions: Iterable[str], batc
     size = 1 if sys.stdin.isatty() else batch_size
     while batch := list(islice(questions, size)):
         for cells in answer(batch):
-            say("\t".join(cells[:2]) if recipe.closed else cells[0].replace("\n", " "))
+            for line in ["\t".join(cells[:2])] if recipe.closed else cells:
+                say(line.replace("\n", " "))
             if recipe.notice:
                 say(recipe.notice)
 

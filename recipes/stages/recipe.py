@@ -46,6 +46,8 @@ class Settings:
     """Recompute activations in the backward pass instead of keeping them."""
     quantization: Literal["4bit", "8bit", "none"] = "4bit"
     """How the frozen base weights are held: NF4 with double quantisation, int8, or 16 bits."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """How attention is computed; auto takes torch's fused one where the model allows it."""
     lora_rank: int = 16
     """Rank of the LoRA matrices."""
     lora_alpha: int = 32
@@ -100,6 +102,10 @@ class Sampling:
     """Longest answer, in tokens."""
     batch_size: int = 8
     """Questions answered at once."""
+    answers: int = 1
+    """Answers drawn for each question."""
+    max_trials: int = 30
+    """Empty answers are drawn again, so often at most; at temperature 0 every draw is the same."""
 
 
 @dataclass(frozen=True)
@@ -212,12 +218,15 @@ class Recipe:
     balance: Balance | NoOptions = NoOptions()
     """A Balance where the answer is one of a closed set (split.by names the row field that holds it): answers are
     then scored instead of generated, and the best checkpoint is kept."""
+    recall: Any = NoOptions()
+    """A memory.Recall where the recipe can bring up what a user's memory file says; `ask` then takes it as its second
+    argument."""
     sampling: Sampling = Sampling()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> settings that differ."""
     miniature: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ at the sizes tiny and small, whose random weights need a higher learning rate."""
-    ask: Callable[[str], tuple[Message, ...]] = lambda text: (Message("user", text),)
+    ask: Callable[..., tuple[Message, ...]] = lambda text: (Message("user", text),)
     """One user text -> prompt, for predict and chat."""
     text_column: str = "text"
     """Column of a file whose rows are to be answered."""

@@ -11,15 +11,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fallback.choose import Backend, CannotRun, Choice, choose
+from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
-from recipes.stages.recipe import Balance, Example, Recipe, Settings, UserError
+from recipes.stages.recipe import Balance, Example, Recipe, Sampling, Settings, UserError
 from recipes.stages.render import Rendered, Renderer
 from recipes.stages.run import Run, find_run, read_json, read_jsonl, write_json, writing
 from recipes.stages.stopping import EarlyStopping
@@ -251,16 +251,28 @@ class AnswerValidation:
     model: Model
     items: Sequence[Example]
     max_length: int
+    sampling: Sampling
+    stop: Sequence[str]
+    log: Path
+    """Where a few answers are written at every evaluation: numbers alone do not show how a persona speaks."""
     metric: str = "loss"
     higher_is_better: bool = False
     known: Known | None = None
     seconds: float = 0.0
 
     def __call__(self) -> dict[str, float]:
+        from recipes.stages.generation import generate
         from recipes.stages.likelihood import answer_loss
 
         began = time.perf_counter()
         found = answer_loss(self.model, self.items, self.max_length)
+        shown = self.items[:3]
+        brief = replace(self.sampling, temperature=0.0, max_new_tokens=min(40, self.sampling.max_new_tokens))
+        answers = generate(self.model, [item.prompt for item in shown], brief, self.stop, self.max_length)
+        with self.log.open("a", encoding="utf-8") as file:
+            for item, answer in zip(shown, answers, strict=True):
+                line = {"loss": found["loss"], "question": item.text, "answer": answer.text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.seconds += time.perf_counter() - began
         return {"loss": found["loss"], "perplexity": found["perplexity"]}
 
@@ -274,9 +286,11 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics."""
     began = time.perf_counter()
+    memory = {"before_loading": memory_in_use(choice)}
     say(f"loading {choice.backend} and the model …")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
+    memory["after_loading"] = memory_in_use(choice)
     from recipes.stages.losses import Objective, draws
     from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, StepRecord, StopEarly, Validations, dataset
 
@@ -294,7 +308,10 @@ def train(
     early = EarlyStopping.parse(settings.early_stopping)
     classes, drawn, objective = [0] * len(items), [len(items)], None
     validation: ClassValidation | AnswerValidation
-    validation = AnswerValidation(model, held_out[:_VALIDATION_ANSWERS], settings.max_length)
+    validation = AnswerValidation(
+        model, held_out[:_VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
+        run.logs / "answers.jsonl",
+    )  # fmt: skip
     # Chat models are trained beyond the lowest validation loss on purpose; their last adapter is kept.
     keep_best = early is not None and early.watch == "validation"
     if isinstance(balance, Balance):
@@ -369,13 +386,14 @@ def train(
     # The trainer makes its folder whether or not it has anything to put there.
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     window = max(1, min(10, len(losses) // 5))
-    measured = {
+    measured: dict[str, Any] = {
         "trainable_parameters": trainable,
         "optimizer_steps": len(losses),
         "supervised_tokens": int(trainer.supervised_tokens),
         **{f"train_{key}": value for key, value in counts.items()},
         "first_loss": sum(losses[:window]) / window,
         "final_loss": sum(losses[-window:]) / window,
+        "memory_bytes": {**memory, "peak": memory_in_use(choice, peak=True)},
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trained - loaded, 2),
     }
@@ -393,6 +411,26 @@ def train(
         say(f"stopped early at step {stop.stopped_at} of {steps}: {settings.early_stopping}")
     say(f"validating took {validation.seconds / (trained - loaded):.1%} of the time")
     return measured
+
+
+def memory_in_use(choice: Choice, peak: bool = False) -> dict[str, int]:
+    """Resident memory of this process and, on a GPU, what torch has allocated there."""
+    import resource
+
+    import psutil
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"resident": most if peak else psutil.Process().memory_info().rss}
+    if choice.device == "cuda" and "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():
+            found["cuda_allocated"] = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+            if peak:
+                found["cuda_reserved"] = torch.cuda.max_memory_reserved()
+    return found
 
 
 def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
@@ -447,8 +485,10 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     trained_with = read_json(run.path / "choice.json")["backend"]
     kind = model_type(recipe, chosen)
     quantization = config["settings"]["quantization"]
+    # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
+    attention: Attention = "auto" if recipe.closed else config["settings"].get("attention", "auto")
     try:
-        choice = choose(kind, trained_with if wanted == "auto" else wanted, quantization)
+        choice = choose(kind, trained_with if wanted == "auto" else wanted, quantization, attention=attention)
     except CannotRun:
         if wanted != "auto":
             raise
