@@ -7,6 +7,7 @@ split, the start and the order. The test split is larger than usual, so that rar
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,14 +33,17 @@ PLAIN = ("--class-weights", "none", "--focal-gamma", "0", "--logit-adjustment", 
 WAYS: dict[str, tuple[str, ...]] = {
     "cross-entropy": (),
     "weights": ("--class-weights", "balanced"),
-    "effective weights": ("--class-weights", "effective"),
     "focal": ("--focal-gamma", "2"),
     "weights + focal": ("--class-weights", "balanced", "--focal-gamma", "2"),
     "weighted sampler": ("--sampler", "weighted"),
     "sqrt sampler": ("--sampler", "sqrt"),
     "logit adjustment": ("--logit-adjustment", "1"),
+}
+MORE: dict[str, tuple[str, ...]] = {
+    "effective weights": ("--class-weights", "effective"),
     "sqrt sampler + logit adjustment": ("--sampler", "sqrt", "--logit-adjustment", "1"),
 }
+ALL = WAYS | MORE
 SCORES = ("f1_macro", "f1_micro", "accuracy", "rare_recall")
 
 
@@ -48,7 +52,7 @@ class Balance:
     """Compare the ways of weighing rare classes."""
 
     ways: tuple[str, ...] = tuple(WAYS)
-    """Which ways to compare."""
+    """Which ways to compare; there are also those of MORE."""
     seeds: int = 5
     """Trainings of each way."""
     rows: int = 6500
@@ -63,20 +67,20 @@ class Balance:
     """Folder for table, picture and raw figures; what is already there is not trained again."""
     json: bool = False
     """Print the summary as JSON."""
-    flags: tuple[str, ...] = ()
-    """More flags for every training."""
+    flags: str = ""
+    """More flags for every training, as in --flags="--epochs 3 --lora-rank 32"."""
 
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Balance, prog="python -m bench balance", args=arguments)
-    unknown = [way for way in args.ways if way not in WAYS]
+    unknown = [way for way in args.ways if way not in ALL]
     if unknown:
-        raise UserError(f"--ways {unknown[0]!r}: unknown; there are {', '.join(map(repr, WAYS))}")
+        raise UserError(f"--ways {unknown[0]!r}: unknown; there are {', '.join(map(repr, ALL))}")
     folder = args.out or Path(tempfile.mkdtemp(prefix="balance-"))
     folder.mkdir(parents=True, exist_ok=True)
     done = measure(args, folder)
     summary: dict[str, Any] = {
-        "command": "python -m bench balance " + " ".join(arguments),
+        "command": shlex.join(["python", "-m", "bench", "balance", *arguments]),
         "environment": environment(),
         "rows": args.rows,
         "classes": args.classes,
@@ -124,8 +128,8 @@ def train(args: Balance, folder: Path, way: str, seed: int) -> dict[str, Any]:
         module = [sys.executable, "-m", f"recipes.{RECIPE.name}"]
         environ = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         for command in (
-            ["train", "--run", run, "--size", "tiny", "--backend", args.backend, "--seed", seed, *PLAIN, *WAYS[way],
-             *args.flags],
+            ["train", "--run", run, "--size", "tiny", "--backend", args.backend, "--seed", seed, *PLAIN, *ALL[way],
+             *shlex.split(args.flags)],
             ["evaluate", "--run", run],
         ):  # fmt: skip
             ended = subprocess.run([*module, *map(str, command)], env=environ, capture_output=True, text=True)

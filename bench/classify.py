@@ -7,6 +7,7 @@ texts' own tokens and nothing else.
 
 import json
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
     medians = {name: median(rates) for name, rates in found["payments_per_second"].items()}
     rounds = list(zip(*found["payments_per_second"].values(), strict=True))
     summary: dict[str, Any] = {
-        "command": " ".join(["python -m bench classify", *arguments]),
+        "command": shlex.join(["python", "-m", "bench", "classify", *arguments]),
         "environment": environment(),
         "model": chosen.description,
         "backend": choice.backend,

@@ -8,6 +8,7 @@ write() of each whole file takes is told beside it, and is what the disk and the
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
         source_bytes = source.stat().st_size
     seconds = {kind: [run["seconds"] for run in runs] for kind, runs in found.items()}
     summary: dict[str, Any] = {
-        "command": " ".join(["python -m bench prepare", *arguments]),
+        "command": shlex.join(["python", "-m", "bench", "prepare", *arguments]),
         "environment": environment(),
         "rows": args.rows,
         "classes": args.classes,

@@ -20,16 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
-from recipes.stages.read import Columns, Layout, csv_rows, fold, layout_of
+from recipes.stages.read import Columns, Layout, csv_rows, layout_of
 from recipes.stages.recipe import Reading, Split, UserError
 from recipes.stages.run import writing
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 21
 _SLOW_BLOCK = 50_000
 # What fold changes: white space at an end, two in a row, or one that is no plain space. RE2's \s is ASCII only.
 _WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _UNTIDY = rf"^ | $|  |[{_WHITE.replace(' ', '')}]"
-_TO_ESCAPE = r'["\\\x00-\x1f]'
+_CONTROL = r"[\x00-\x1f]"
 
 
 class Block(NamedTuple):
@@ -110,8 +110,8 @@ def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     schema = pa.schema([("text", pa.string())])
     with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, schema) as kept:
-        for block in _ahead(blocks):
-            texts, labels = _folded(block.texts), pc.utf8_trim_whitespace(block.labels)
+        for block in _ahead(map(_tidied, blocks)):
+            texts, labels = block.texts, block.labels
             no_text, no_label = (pc.equal(pc.binary_length(some), _number(0)) for some in (texts, labels))
             usable = pc.invert(pc.or_(no_text, no_label))
             if not pc.all(usable).as_py():
@@ -131,8 +131,12 @@ def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
     return cleaned
 
 
+def _tidied(block: Block) -> Block:
+    return Block(_folded(block.texts), pc.utf8_trim_whitespace(block.labels), block.first)
+
+
 def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The next block is parsed while this one is worked on."""
+    """The next block is parsed and folded while this one is worked on."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -141,14 +145,10 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def _folded(texts: pa.Array) -> pa.Array:
+    """As read.fold, a column at a time; the tidy ones stay as they are."""
     untidy = pc.match_substring_regex(texts, _UNTIDY)
-    return _replaced(texts, untidy, fold)
-
-
-def _replaced(texts: pa.Array, where: pa.Array, change: Callable[[str], str]) -> pa.Array:
-    """The few that need it go through Python, the others stay where they are."""
-    some = [change(text) for text in texts.filter(where).to_pylist()]
-    return pc.replace_with_mask(texts, where, _strings(some)) if some else texts
+    some = pc.replace_substring_regex(texts.filter(untidy), f"[{_WHITE}]+", " ")
+    return pc.replace_with_mask(texts, untidy, pc.ascii_trim_whitespace(some)) if len(some) else texts
 
 
 def _strings(texts: Sequence[str]) -> pa.Array:
@@ -166,6 +166,15 @@ def _numbers(values: np.ndarray) -> pa.Array:
 
 def _view(values: pa.Array, kind: Any) -> np.ndarray:
     return np.frombuffer(values.buffers()[1], kind, len(values), values.offset * np.dtype(kind).itemsize)
+
+
+def _bytes(texts: pa.Array) -> np.ndarray:
+    """All texts, one behind the other."""
+    if not len(texts):
+        return np.empty(0, np.uint8)
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32, len(texts) + 1, texts.offset * 4)
+    return np.frombuffer(data, np.uint8, int(ends[-1] - ends[0]), int(ends[0]))
 
 
 def _number(value: int) -> pa.Scalar:
@@ -238,22 +247,41 @@ def _split_and_write(
 SPLITS = ("train", "val", "test")
 
 
+class _Same(NamedTuple):
+    """Rows grouped by their text."""
+
+    order: np.ndarray
+    """Rows with identical texts beside each other, each group in the file's order."""
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, texts: np.ndarray) -> "_Same":
+        order = np.argsort(texts, kind="stable")
+        ordered = texts[order]
+        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        return cls(order, starts, np.diff(np.r_[starts, len(ordered)]))
+
+
 def _assign(labels: np.ndarray, texts: np.ndarray, split: Split, seed: int, allow_leak: bool) -> np.ndarray:
     """0, 1 or 2 for every row: train, val, test. Identical texts go as one; every class has its share everywhere,
     and something in train."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    if allow_leak:
+    same = None if allow_leak else _Same.of(texts)
+    if same is None or len(same.starts) == len(texts):
         unit = np.arange(len(texts))
         unit_labels, unit_sizes = labels, np.ones(len(texts), np.int64)
     else:
-        _, first, unit, unit_sizes = np.unique(texts, return_index=True, return_inverse=True, return_counts=True)
-        # The hash differs from process to process: units are numbered by where they first occur.
+        # Hashes differ from process to process, so units are numbered by where they first occur.
+        first = same.order[same.starts]
         rank = np.empty(len(first), np.int64)
-        rank[np.argsort(first)] = np.arange(len(first))
-        unit = rank[unit]
-        by_rank = np.argsort(rank)
-        unit_labels, unit_sizes = labels[first[by_rank]], unit_sizes[by_rank]
-    order = np.lexsort((generator.random(len(unit_labels)), unit_labels))
+        by_first = np.argsort(first)
+        rank[by_first] = np.arange(len(first))
+        unit = np.empty(len(texts), np.int64)
+        unit[same.order] = np.repeat(rank, same.counts)
+        unit_labels, unit_sizes = labels[first[by_first]], same.counts[by_first]
+    # By label, and within a label by lot.
+    order = np.argsort(unit_labels + generator.random(len(unit_labels)))
     sorted_labels, sorted_sizes = unit_labels[order], unit_sizes[order]
     starts = np.flatnonzero(np.r_[True, sorted_labels[1:] != sorted_labels[:-1]])
     running = np.cumsum(sorted_sizes)
@@ -276,15 +304,13 @@ def _assign(labels: np.ndarray, texts: np.ndarray, split: Split, seed: int, allo
 
 def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple[int, set[int], int]:
     """How many texts occur more than once, which of them under different labels, and how many in several splits."""
-    texts = cleaned.texts[keep]
-    order = np.argsort(texts, kind="stable")
-    ordered = texts[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    counts = np.diff(np.r_[starts, len(ordered)])
+    same = _Same.of(cleaned.texts[keep])
+    order, starts = same.order, same.starts
     labels, splits = cleaned.labels[keep][order], belongs[keep][order]
     differ = np.minimum.reduceat(labels, starts) != np.maximum.reduceat(labels, starts)
     leak = np.minimum.reduceat(splits, starts) != np.maximum.reduceat(splits, starts)
-    return int((counts > 1).sum()), set(ordered[starts[differ]].tolist()), int(leak.sum())
+    conflicts = cleaned.texts[keep][order[starts[differ]]]
+    return int((same.counts > 1).sum()), set(conflicts.tolist()), int(leak.sum())
 
 
 def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
@@ -340,20 +366,17 @@ def _write_lines(
 ) -> None:
     lines = form(texts, ends.take(labels))
     for mask, file in zip(masks, files, strict=True):
-        chosen = lines.filter(mask)
-        _, offsets, data = chosen.buffers()
-        if len(chosen):
-            ends_at = np.frombuffer(offsets, np.int32, len(chosen) + 1, chosen.offset * 4)
-            file.write(memoryview(data)[ends_at[0] : ends_at[-1]])
+        file.write(_bytes(lines.filter(mask)).data)
 
 
 def _as_json(texts: pa.Array, ends: pa.Array) -> pa.Array:
-    escaped = _replaced(texts, pc.match_substring_regex(texts, _TO_ESCAPE), _json_inside)
+    escaped = pc.replace_substring(pc.replace_substring(texts, "\\", "\\\\"), '"', '\\"')
+    if (_bytes(texts) < ord(" ")).any():
+        control = pc.match_substring_regex(texts, _CONTROL)
+        rare = texts.filter(control).to_pylist()
+        written = [json.dumps(text, ensure_ascii=False)[1:-1] for text in rare]
+        escaped = pc.replace_with_mask(escaped, control, _strings(written))
     return pc.binary_join_element_wise(_string('{"text": "'), escaped, _string('"'), ends, _string(""))
-
-
-def _json_inside(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:

@@ -1,5 +1,6 @@
 """Source files -> raw rows. Finds out what a file is before it is believed, and says what is wrong with it."""
 
+import codecs
 import csv
 import html
 import json
@@ -49,9 +50,11 @@ def encoding_of(path: Path, older: Sequence[str] = ()) -> str:
         return "utf-16"
     for encoding in ("utf-8-sig", *older):
         try:
-            with path.open(encoding=encoding, errors="strict") as file:
-                while file.read(1 << 20):
-                    pass
+            decoder = codecs.getincrementaldecoder(encoding)()
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    decoder.decode(chunk)
+            decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             continue
         return encoding

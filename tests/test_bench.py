@@ -1,0 +1,99 @@
+"""The measurements run, and what is committed under results/ says what README says."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, recipe
+
+from bench.statistics import mean_interval
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_an_interval_is_student_s() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    # t(0.975, 4) = 2.776, standard error = sqrt(2.5 / 5)
+    assert (low, high) == (pytest.approx(3 - 2.776 * 0.7071, abs=1e-3), pytest.approx(3 + 2.776 * 0.7071, abs=1e-3))
+    assert mean_interval([1.0])[1:] == (float("-inf"), float("inf"))
+
+
+def test_prepare(command: Command) -> None:
+    done = command("bench", "prepare", "--rows", "3000", "--classes", "12", "--repeats", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] == 3000
+    assert found["output_bytes"] > found["source_bytes"]
+    assert len(found["seconds"]["prepare"]) == 2
+    assert found["ratio_to_writing_lines"] > 0
+    assert 10e6 < found["prepare_peak_resident_bytes"] < 450e6
+
+
+def test_classify(command: Command) -> None:
+    done = command(
+        "bench", "classify", "--size", "tiny", "--steps", "4", "--classes", "12", "--texts", "16", "--repeats", "1",
+        "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "NOT" in found["model"]
+    assert found["valid"]["tree"] == 1
+    rates = found["payments_per_second"]
+    assert found["ratio_to_one_at_a_time"] == pytest.approx(rates["tree"] / rates["one_at_a_time"])
+    assert found["ratio_to_bound"] == pytest.approx(rates["tree"] / rates["bound"])
+    assert found["expansions"] >= 1
+
+
+def test_balance(command: Command, tmp_path: Path) -> None:
+    done = command(
+        "bench", "balance", "--ways", "cross-entropy", "sqrt sampler", "--seeds", "1", "--rows", "700", "--classes",
+        "4", "--out", "found", "--flags=--max-steps 3 --eval-rows 20",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert [line["way"] for line in summary["ways"]] == ["cross-entropy", "sqrt sampler"]
+    assert all("failed" not in line for line in summary["ways"])
+    for name, sampler in (("cross-entropy", "none"), ("sqrt-sampler", "sqrt")):
+        config = json.loads((tmp_path / "found" / "runs" / f"{name}-0" / "training_config.json").read_text())
+        assert config["balance"]["sampler"] == sampler
+        assert config["settings"]["max_steps"] == 3
+    assert (tmp_path / "found" / "balance.png").read_bytes().startswith(b"\x89PNG")
+    # What is there is not trained again.
+    again = command(
+        "bench", "balance", "--ways", "cross-entropy", "--seeds", "1", "--rows", "700", "--classes", "4", "--out",
+        "found", "--json",
+    )  # fmt: skip
+    (run,) = json.loads(again.stdout)["runs"]
+    assert run == summary["runs"][0]
+
+
+def test_an_unknown_measurement_or_way(command: Command) -> None:
+    for arguments, message in (
+        (("speed",), "no measurement 'speed'; there are balance, classify, prepare"),
+        (("balance", "--ways", "luck"), "--ways 'luck': unknown; there are 'cross-entropy'"),
+    ):
+        done = command("bench", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_the_default_is_what_the_committed_comparison_says() -> None:
+    ways = {way["way"]: way for way in json.loads((ROOT / "results/balance/summary.json").read_text())["ways"]}
+    balance = recipe("gemma3_12b_opercode").balance
+    assert (balance.sampler, balance.class_weights, balance.focal_gamma) == ("sqrt", "none", 0)
+    ours, plain = ways["sqrt sampler"]["f1_macro"], ways["cross-entropy"]["f1_macro"]
+    assert ours["mean"] - plain["mean"] >= 0.10
+    assert ours["low"] > plain["high"]
+    assert not any(way["f1_macro"]["low"] > ours["high"] for way in ways.values())
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for way in json.loads((ROOT / "results/balance/summary.json").read_text())["ways"]:
+        (line,) = re.findall(rf"^\| {re.escape(way['way'])}(?: \(default\))? \|.*$", readme, re.M)
+        for name in ("f1_macro", "accuracy", "rare_recall"):
+            assert f"{way[name]['mean']:.3f} [{way[name]['low']:.3f}, {way[name]['high']:.3f}]" in line
