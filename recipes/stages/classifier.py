@@ -18,7 +18,7 @@ class Verdict:
     code: str
     confidence: float
     ranking: tuple[tuple[str, float], ...]
-    """The likeliest codes, best first, with their probabilities; those below 0.0001 are not among them."""
+    """The codes that were looked at, best first, with their probabilities."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Scoring:
     exhaustive: bool = False
     """Score every code instead of stopping when the others cannot matter."""
     batch_tokens: int | None = None
-    """Tokens whose keys and values are held at one time; what 1 GiB holds, 16,384 at most, if not given."""
+    """Tokens whose keys and values are held at one time; what 1 GiB holds, 8,192 at most, if not given."""
     min_confidence: float = 0.0
     """Answer "unsure" below this confidence."""
 

@@ -5,18 +5,21 @@ from typing import Any
 
 import numpy as np
 
-# Codes below this share of the probability are left out, so that confidences do not depend on how many of them
-# the scoring happened to look at.
-FLOOR = 1e-4
+# Codes below this share of the probability are scaled as one: what a confidence is must not depend on how many of
+# the unlikely codes the scoring happened to look at, which is fewer in validation than in answering.
+FLOOR = 0.01
 _SHARES = [share / 20 for share in range(20, 0, -1)]
 
 
 def probabilities(log_p: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """A distribution over the codes for each row: probabilities to the power 1 / temperature, normalised."""
-    best = log_p.max(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        total = best + np.log(np.exp(log_p - best).sum(axis=1, keepdims=True))
-        scaled = np.where(log_p >= total + np.log(FLOOR), np.exp((log_p - best) / temperature), 0.0)
+    p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    likely = p >= FLOOR
+    rest = np.where(likely, 0.0, p).sum(axis=1, keepdims=True)
+    scaled_rest = rest ** (1 / temperature)
+    share_of_rest = np.divide(p, rest, out=np.zeros_like(p), where=rest > 0)
+    scaled = np.where(likely, p ** (1 / temperature), scaled_rest * share_of_rest)
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 

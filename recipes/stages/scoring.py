@@ -21,7 +21,7 @@ from recipes.stages.train import Model
 
 TOLERANCE = 1e-4
 """Share of the probability that may be left unexplored."""
-MOST_TOKENS = 16384
+MOST_TOKENS = 8192
 CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
 _AT_ONCE = 4
