@@ -14,11 +14,16 @@ def counts(
     true: Sequence[str], predicted: Sequence[str], weights: np.ndarray | None = None
 ) -> tuple[list[str], np.ndarray]:
     """The classes that occur in truth, and for each: right answers, answers, rows."""
+    classes, t, p = _numbered(true, predicted)
+    return classes, _count(t, p, len(classes), np.ones(len(t)) if weights is None else weights)
+
+
+def _numbered(true: Sequence[str], predicted: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The classes that occur in truth, and both columns as their numbers; an answer that is never true is one more."""
     classes = sorted(set(true))
     index = {name: i for i, name in enumerate(classes)}
-    t = np.array([index[name] for name in true])
-    p = np.array([index.get(name, len(classes)) for name in predicted])
-    return classes, _count(t, p, len(classes), np.ones(len(t)) if weights is None else weights)
+    numbers = [np.array([index.get(name, len(classes)) for name in column]) for column in (true, predicted)]
+    return classes, numbers[0], numbers[1]
 
 
 def _count(t: np.ndarray, p: np.ndarray, classes: int, weights: np.ndarray) -> np.ndarray:
@@ -62,10 +67,7 @@ def intervals(
     true: Sequence[str], predicted: Sequence[str], draws: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of the averages: the test split drawn again and again from itself."""
-    classes = sorted(set(true))
-    index = {name: i for i, name in enumerate(classes)}
-    t = np.array([index[name] for name in true])
-    p = np.array([index.get(name, len(classes)) for name in predicted])
+    classes, t, p = _numbered(true, predicted)
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(draws):

@@ -11,6 +11,7 @@ from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.run import Run, read_json, write_json
 
 UNSURE = "unsure"
+CELLS = ["predicted", "confidence", "second_choice", "second_confidence"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Verdict:
     confidence: float
     ranking: tuple[tuple[str, float], ...]
     """The codes that were looked at, best first, with their probabilities."""
+
+    @property
+    def cells(self) -> list[str]:
+        """For a table with the columns of CELLS."""
+        second, its = self.ranking[1] if len(self.ranking) > 1 else ("", 0.0)
+        return [self.code, f"{self.confidence:.4f}", second, f"{its:.4f}"]
 
 
 @dataclass(frozen=True)

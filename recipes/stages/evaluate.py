@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.stages.classifier import Classifier, Scoring, Verdict
+from recipes.stages.classifier import CELLS, Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
 from recipes.stages.run import Run, read_json, write_json, writing
@@ -138,12 +138,9 @@ def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any)
 def _write_verdicts(run: Run, items: Sequence[Example], verdicts: Sequence[Verdict]) -> None:
     with writing(run.path / "predictions.csv", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["text", "true", "predicted", "confidence", "second_choice", "second_confidence"])
+        table.writerow(["text", "true", *CELLS])
         for example, verdict in zip(items, verdicts, strict=True):
-            second, its = verdict.ranking[1] if len(verdict.ranking) > 1 else ("", 0.0)
-            table.writerow(
-                [example.text, example.answer, verdict.code, f"{verdict.confidence:.4f}", second, f"{its:.4f}"]
-            )
+            table.writerow([example.text, example.answer, *verdict.cells])
 
 
 def show_answer(recipe: Recipe, run: Run, model: Model, example: Example, max_length: int) -> None:

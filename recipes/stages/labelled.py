@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
+from recipes.stages.prepare import SPLITS
 from recipes.stages.read import Columns, Layout, csv_rows, layout_of
 from recipes.stages.recipe import Reading, Split, UserError
 from recipes.stages.run import writing
@@ -99,7 +100,6 @@ def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Readin
     while some := list(islice(rows, _SLOW_BLOCK)):
         texts = [cells[columns.text_column] for _, cells in some]
         labels = [cells[columns.label_column] for _, cells in some]
-        # Here the line is known; elsewhere it is looked up when it is asked for.
         yield Block(_strings(texts), _strings(labels), first)
         first += len(some)
 
@@ -244,9 +244,6 @@ def _split_and_write(
     }
 
 
-SPLITS = ("train", "val", "test")
-
-
 class _Same(NamedTuple):
     """Rows grouped by their text."""
 
@@ -283,10 +280,9 @@ def _assign(labels: np.ndarray, texts: np.ndarray, split: Split, seed: int, allo
     # By label, and within a label by lot.
     order = np.argsort(unit_labels + generator.random(len(unit_labels)))
     sorted_labels, sorted_sizes = unit_labels[order], unit_sizes[order]
-    starts = np.flatnonzero(np.r_[True, sorted_labels[1:] != sorted_labels[:-1]])
-    running = np.cumsum(sorted_sizes)
-    before = np.r_[0, running[:-1]]
-    group = np.cumsum(np.r_[True, sorted_labels[1:] != sorted_labels[:-1]]) - 1
+    begins = np.r_[True, sorted_labels[1:] != sorted_labels[:-1]]
+    starts, group = np.flatnonzero(begins), np.cumsum(begins) - 1
+    before = np.r_[0, np.cumsum(sorted_sizes)[:-1]]
     total = np.add.reduceat(sorted_sizes, starts)
     # The first text of a class is for training; then validation takes its share, then the test.
     first_size = sorted_sizes[starts]

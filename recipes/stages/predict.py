@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.stages.classifier import Classifier, Scoring
+from recipes.stages.classifier import CELLS, Classifier, Scoring
 from recipes.stages.console import progress, say
 from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
@@ -49,13 +49,9 @@ def answerer(
         classifier = Classifier(recipe, scoring=answering).use(model, run, max_length)
 
         def classify(batch: Sequence[str]) -> list[list[str]]:
-            found = []
-            for verdict in classifier.verdicts([ask(text) for text in batch]):
-                second, its = verdict.ranking[1] if len(verdict.ranking) > 1 else ("", 0.0)
-                found.append([verdict.code, f"{verdict.confidence:.4f}", second, f"{its:.4f}"])
-            return found
+            return [verdict.cells for verdict in classifier.verdicts([ask(text) for text in batch])]
 
-        return ["predicted", "confidence", "second_choice", "second_confidence"], classify
+        return CELLS, classify
     from recipes.stages.generation import several
 
     def respond(batch: Sequence[str]) -> list[list[str]]:

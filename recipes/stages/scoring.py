@@ -24,6 +24,7 @@ TOLERANCE = 1e-4
 MOST_TOKENS = 8192
 CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
+# Branches of one text read in one pass: more would leave most of the batch's columns to padding.
 _AT_ONCE = 4
 
 
@@ -35,7 +36,6 @@ class Branch:
     code: int | None = None
     """Index of the code that ends here."""
     children: list["Branch"] = field(default_factory=list)
-    parent: "Branch | None" = None
     rows: int = 0
     """Training rows of the codes below: which way to look first."""
 
@@ -62,9 +62,7 @@ def grow(answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Branch:
             end = depth + 1
             while end < len(first) and all(end < len(answers[m]) and answers[m][end] == first[end] for m in some):
                 end += 1
-            child = below(some, end, tuple(first[depth:end]))
-            child.parent = branch
-            branch.children.append(child)
+            branch.children.append(below(some, end, tuple(first[depth:end])))
         branch.children.sort(key=lambda child: -child.rows)
         return branch
 
@@ -126,8 +124,8 @@ class _Context:
     def __init__(self, network: Any, rows: int, capacity: int):
         self.network = network
         config = network.config.get_text_config()
-        self.window = getattr(config, "sliding_window", None) if _kinds(config) else None
         self.kinds = _kinds(config)
+        self.window = config.sliding_window if self.kinds else None
         self.cache = Cache(layers=[_Room(capacity) for _ in range(config.num_hidden_layers)])
         self.positions = np.full((rows, 0), -1)
 
