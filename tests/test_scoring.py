@@ -53,14 +53,13 @@ def test_best_first_is_right_to_the_tolerance(found: dict[str, Any]) -> None:
     assert found["best_first"]["difference"] < 1e-4
     assert found["best_first"]["best"] == found["texts"]
     assert found["best_first"]["left"] < 1e-4
-    assert found["best_first"]["expansions"] < 0.9 * found["exhaustive"]["expansions"]
+    assert found["best_first"]["expansions"] < found["exhaustive"]["expansions"]
 
 
-def test_the_best_alone_and_what_must_be_included(found: dict[str, Any]) -> None:
-    assert found["best_alone"]["best"] == found["texts"]
-    assert found["best_alone"]["difference"] < 1e-4
-    assert found["best_alone"]["expansions"] <= found["best_first"]["expansions"]
+def test_what_must_be_included(found: dict[str, Any]) -> None:
+    assert found["rough"]["missing_included"] > 0, "looked at anyway: nothing would be shown"
     assert found["including"]["missing_included"] == 0
+    assert found["including"]["difference"] < 1e-4
 
 
 def test_batches_do_not_matter(found: dict[str, Any]) -> None:
@@ -91,6 +90,13 @@ def test_the_tree_holds_every_answer(answers: list[list[int]]) -> None:
     assert [got[i] for i in range(len(answers))] == answers
 
 
+def test_an_end_is_read_only_where_it_tells_codes_apart() -> None:
+    from recipes.stages.scoring import distinguishing
+
+    assert distinguishing([([1, 2], [9]), ([1, 3], [9])]) == [[1, 2], [1, 3]]
+    assert distinguishing([([1], [9]), ([1, 3], [9]), ([2], [9])]) == [[1, 9], [1, 3], [2]]
+
+
 def check(name: str, backend: str) -> dict[str, Any]:
     from recipes.samples.payments import OPERATIONS, payments
     from recipes.stages import train
@@ -111,16 +117,18 @@ def check(name: str, backend: str) -> dict[str, Any]:
             if "lora_B" in parameter_name:
                 parameter.normal_(std=0.02)
     network = model.network.eval()
-    codes = scoring.Codes(model.renderer, {operation.code: 90 - i for i, operation in enumerate(OPERATIONS[:40])})
+    rows = {operation.code: 90 - i for i, operation in enumerate(OPERATIONS[:40])}
+    # The last is the beginning of another, and only its end marker tells.
+    codes = scoring.Codes(model.renderer, {**rows, OPERATIONS[0].code[:4]: 3})
     comments = [text for text, _ in payments(10, 10, seed=3)]
     instruction = "Answer with the operation code of this bank payment. " * 3
     prompts = [(Message("user", instruction + text),) for text in comments]
-    answers = [scoring._answer_tokens(model.renderer, code) for code in codes.names]
+    answers = codes.answers
     encoded = [model.renderer.prompt(prompt) for prompt in prompts]
 
     # A random model finds every code about as likely as any other; one that has learned a little does not.
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=5e-3)
-    for step in range(60):
+    for step in range(90):
         i = step % len(prompts)
         tokens = torch.tensor([encoded[i] + answers[i % 7]])
         logits = network(input_ids=tokens).logits[0, len(encoded[i]) - 1 : -1]
@@ -170,22 +178,23 @@ def compared(model: Any, codes: Any, prompts: Any, reference: Any, encoded: Any,
 
     exhaustive_p, exhaustive = scored(tolerance=0.0)
     _, best_first = scored()
-    _, best_alone = scored(best_is_enough=True)
     wanted = [codes.names[-1 - i] for i in range(len(prompts))]
-    including_p, including = scored(include=wanted, best_is_enough=True)
+    rough_p, _ = scored(tolerance=0.5)
+    including_p, including = scored(tolerance=0.5, include=wanted)
     singly, _ = scored(tolerance=0.0, batch_tokens=1)
     twice_p, twice = scored([*prompts, *prompts], tolerance=0.0)
     columns = [codes.index[code] for code in wanted]
+
+    def missing(log_p: Any) -> int:
+        return int((~np.isfinite(log_p[np.arange(len(prompts)), columns])).sum())
+
     return {
         "texts": len(prompts),
         "longest": max(map(len, encoded)),
         "exhaustive": exhaustive,
         "best_first": best_first,
-        "best_alone": best_alone,
-        "including": {
-            **including,
-            "missing_included": int((~np.isfinite(including_p[np.arange(len(prompts)), columns])).sum()),
-        },
+        "rough": {"missing_included": missing(rough_p)},
+        "including": {**including, "missing_included": missing(including_p)},
         "one_by_one": float(np.abs(singly - exhaustive_p).max()),
         "twice": {**twice, "equal": bool((twice_p[: len(prompts)] == twice_p[len(prompts) :]).all())},
         "once": exhaustive,

@@ -119,6 +119,13 @@ class Renderer:
         rendered = self._encode(self.pieces(example.messages), max_length)
         return rendered if rendered is not None and rendered.supervised_tokens else None
 
+    def answer(self, text: str) -> tuple[list[int], list[int]]:
+        """An answer's own tokens, and those that end it."""
+        pieces = self.pieces((Message("user", "?"), Message("assistant", text)))
+        own = [id for piece in pieces if piece.supervised and piece.typed for id in self._ids(piece.text, typed=True)]
+        end = [id for p in pieces if p.supervised and not p.typed for id in self._template_ids(p.text)]
+        return own, end
+
     def prompt(self, messages: Sequence[Message], max_length: int | None = None) -> list[int]:
         """What the model is given to answer: the same tokens that preceded the answer in training."""
         rendered = self._encode(self.pieces(messages, generation_prompt=True), max_length)

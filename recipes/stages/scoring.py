@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
-from recipes.stages.recipe import Example, Message
+from recipes.stages.recipe import Message
 from recipes.stages.render import Renderer
 from recipes.stages.train import Model
 
@@ -26,6 +26,10 @@ CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
 # Branches of one text read in one pass: more would leave most of the batch's columns to padding.
 _AT_ONCE = 4
+# Columns of such a pass beyond what its best guesses need.
+_WIDER = 2
+# Rows of logits turned into float32 at one time.
+_LOGITS_AT_ONCE = 64
 
 
 @dataclass
@@ -46,8 +50,7 @@ class Branch:
 
 
 def grow(answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Branch:
-    """The tree of the answers' tokens, with unbranching stretches in one piece. Every answer ends in an end marker,
-    so none is the beginning of another."""
+    """The tree of the answers' tokens, with unbranching stretches in one piece. None is the beginning of another."""
 
     def below(members: list[int], depth: int, tokens: tuple[int, ...]) -> Branch:
         branch = Branch(tokens, rows=sum(rows[m] for m in members))
@@ -75,16 +78,18 @@ class Codes:
     def __init__(self, renderer: Renderer, train_rows: Mapping[str, int]):
         self.names = list(train_rows)
         self.index = {name: i for i, name in enumerate(self.names)}
-        answers = [_answer_tokens(renderer, name) for name in self.names]
-        self.root = grow(answers, list(train_rows.values()))
-        self.alphabet = sorted({token for answer in answers for token in answer})
+        self.answers = distinguishing([renderer.answer(name) for name in self.names])
+        self.root = grow(self.answers, list(train_rows.values()))
+        self.alphabet = sorted({token for answer in self.answers for token in answer})
         self.column = {token: i for i, token in enumerate(self.alphabet)}
 
 
-def _answer_tokens(renderer: Renderer, name: str) -> list[int]:
-    rendered = renderer.example(Example((Message("user", "?"), Message("assistant", name))))
-    assert rendered is not None
-    return [token for token, label in zip(rendered.input_ids, rendered.labels, strict=True) if token == label]
+def distinguishing(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """Of answers and what ends each, the tokens that tell it from every other. The end belongs to them only where an
+    answer is the beginning of another: after the last token of any other there is nothing left to choose, and
+    reading it would cost more than all else."""
+    beginnings = {tuple(code[:length]) for code, _ in answers for length in range(len(code))}
+    return [[*code, *(end if tuple(code) in beginnings else ())] for code, end in answers]
 
 
 class _Room(DynamicLayer):
@@ -144,11 +149,11 @@ class _Context:
         self.positions = self.positions[rows]
 
     def read(
-        self, tokens: np.ndarray, positions: np.ndarray, path: np.ndarray, groups: np.ndarray, logits_from: int
+        self, tokens: np.ndarray, positions: np.ndarray, path: np.ndarray, groups: np.ndarray, wanted: np.ndarray
     ) -> torch.Tensor:
-        """Logits of the last columns of `tokens` (rows x new). `positions` is -1 at padding; `path` (rows x new x
-        columns so far) says which earlier columns a token follows; of the new ones it sees those of its own group
-        before it."""
+        """Logits after those of `tokens` (rows x new) that are `wanted`, one row each, in their order. `positions` is
+        -1 at padding; `path` (rows x new x columns so far) says which earlier columns a token follows; of the new
+        ones it sees those of its own group before it."""
         new = tokens.shape[1]
         among = np.tril(np.ones((new, new), dtype=bool)) & (groups[:, :, None] == groups[:, None, :])
         allowed = np.concatenate([path, among & (positions >= 0)[:, None, :]], axis=2)
@@ -162,15 +167,22 @@ class _Context:
         self.positions = every
         device = self.network.device
         ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
-        output = self.network(
-            input_ids=torch.from_numpy(tokens).to(device),
-            position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
-            attention_mask=ready if self.kinds else ready["full_attention"],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=logits_from,
+        chosen = torch.from_numpy(wanted).to(device)
+        # A row of logits is as long as the vocabulary: of a quarter million numbers, where only few are looked at.
+        hook = self.network.get_output_embeddings().register_forward_pre_hook(
+            lambda head, inputs: (inputs[0][chosen][None],)
         )
-        return output.logits[:, -logits_from:]
+        try:
+            output = self.network(
+                input_ids=torch.from_numpy(tokens).to(device),
+                position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
+                attention_mask=ready if self.kinds else ready["full_attention"],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            hook.remove()
+        return output.logits[0]
 
     def _as_model_wants(self, allowed: torch.Tensor) -> torch.Tensor:
         if self.network.config.get_text_config()._attn_implementation == "sdpa":
@@ -203,12 +215,10 @@ def score(
     batch_tokens: int | None = None,
     done: Callable[[int], None] = lambda count: None,
     include: Sequence[str] | None = None,
-    best_is_enough: bool = False,
 ) -> Scores:
     """Log-probabilities of codes in the order of the prompts.
 
-    tolerance 0 looks at all codes. best_is_enough stops as soon as no code can overtake the best; `include` names,
-    for each prompt, a code that is looked at in any case.
+    tolerance 0 looks at all codes; `include` names, for each prompt, a code that is looked at in any case.
     """
     encoded = [tuple(model.renderer.prompt(messages, max_length)) for messages in prompts]
     wanted = [codes.index[name] for name in include] if include is not None else [-1] * len(encoded)
@@ -219,7 +229,7 @@ def score(
     scores = Scores(np.full((len(encoded), len(codes.names)), -np.inf))
     if not different:
         return scores
-    walk = _Walk(codes, tolerance, best_is_enough)
+    walk = _Walk(codes, tolerance)
     batch_tokens = batch_tokens or affordable_tokens(model.network)
     with torch.inference_mode():
         start = _shared_start(encoded)
@@ -273,7 +283,9 @@ def _read_texts(context: _Context, texts: Sequence[Sequence[int]]) -> torch.Tens
         tokens[row, width - len(text) :] = text
         positions[row, width - len(text) :] = before + np.arange(len(text))
     path = np.broadcast_to((context.positions >= 0)[:, None, :], (len(texts), width, before))
-    return context.read(tokens, positions, path, np.zeros_like(tokens), 1)
+    last = np.zeros(tokens.shape, dtype=bool)
+    last[:, -1] = True
+    return context.read(tokens, positions, path, np.zeros_like(tokens), last)
 
 
 @dataclass
@@ -289,9 +301,24 @@ class _State:
     expansions: int = 0
 
 
+@dataclass(frozen=True)
+class _Guess:
+    """Branches to be looked into one after the other, each the first one's continuation."""
+
+    log_p: float
+    branches: list[Branch]
+    above: tuple[int, ...]
+    """Columns of the path that leads there."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """What has to be read to know each branch's probability and what follows it: of a code, all but its last."""
+        return [t for b in self.branches for t in (b.tokens[:-1] if b.code is not None else b.tokens)]
+
+
 class _Walk:
-    def __init__(self, codes: Codes, tolerance: float, best_is_enough: bool):
-        self.codes, self.tolerance, self.best_is_enough = codes, tolerance, best_is_enough
+    def __init__(self, codes: Codes, tolerance: float):
+        self.codes, self.tolerance = codes, tolerance
         self.room = 4 * max(1, len(self.codes.alphabet))
         self.order = 0
 
@@ -300,7 +327,7 @@ class _Walk:
             _State(np.full(len(self.codes.names), -np.inf), [], int(context.positions[row].max()) + 1, code)
             for row, code in enumerate(include)
         ]
-        for state, known in zip(states, self._known(logits)[:, 0], strict=True):
+        for state, known in zip(states, self._known(logits), strict=True):
             self._open(state, self.codes.root, 0.0, known, ())
         texts = context.positions.shape[1]
         active = [row for row, state in enumerate(states) if not self._finished(state)]
@@ -315,9 +342,9 @@ class _Walk:
 
     def _known(self, logits: torch.Tensor) -> np.ndarray:
         """Log-probabilities of the tokens that codes are made of; the others only take part in the sum."""
-        logits = logits.float()
-        chosen = logits[..., torch.tensor(self.codes.alphabet, device=logits.device)]
-        return (chosen - logits.logsumexp(-1, keepdim=True)).double().cpu().numpy()
+        chosen = logits[:, torch.tensor(self.codes.alphabet, device=logits.device)].float()
+        total = torch.cat([some.float().logsumexp(-1, keepdim=True) for some in logits.split(_LOGITS_AT_ONCE)])
+        return (chosen - total).double().cpu().numpy()
 
     def _open(self, state: _State, branch: Branch, log_p: float, known: np.ndarray, path: tuple[int, ...]) -> None:
         """A branch's children, now that the distribution after it is known."""
@@ -327,70 +354,79 @@ class _Walk:
                 assert child.code is not None
                 state.closed[child.code] = bound
             else:
-                self.order += 1
-                heapq.heappush(state.open, (-bound, self.order, child, path))
+                self._push(state, bound, child, path)
+
+    def _push(self, state: _State, log_p: float, branch: Branch, path: tuple[int, ...]) -> None:
+        self.order += 1
+        heapq.heappush(state.open, (-log_p, self.order, branch, path))
 
     def _finished(self, state: _State) -> bool:
         if not state.open:
             return True
         if state.include >= 0 and state.closed[state.include] == -np.inf:
             return False
-        best = state.closed.max()
-        if self.best_is_enough:
-            return best >= -state.open[0][0]
         left = sum(np.exp(-bound) for bound, *_ in state.open)
         return bool(left < self.tolerance * np.exp(state.closed).sum())
 
-    def _chosen(self, state: _State) -> list[tuple[float, Branch, tuple[int, ...]]]:
-        """The most probable branches: no more than have to be looked into in any case, and a few at a time."""
+    def _chosen(self, state: _State) -> list["_Guess"]:
+        """The most probable branches: no more than have to be looked into in any case, and a few at a time; and on
+        from the best of them down the way most training rows went, which costs a few tokens, and saves a round where
+        it is right."""
         missing = state.include if state.include >= 0 and state.closed[state.include] == -np.inf else -1
         some: list[Any] = []
-        if self.best_is_enough:
-            while state.open and len(some) < 2 and state.closed.max() < -state.open[0][0]:
+        closed = np.exp(state.closed).sum()
+        left = sum(np.exp(-bound) for bound, *_ in state.open)
+        # With all that is open counted as found, this much may stay open; if that asks for nothing, without it.
+        for enough in (self.tolerance * (closed + left), self.tolerance * closed):
+            while state.open and len(some) < _AT_ONCE and left >= enough:
                 some.append(heapq.heappop(state.open))
-        else:
-            closed = np.exp(state.closed).sum()
-            left = sum(np.exp(-bound) for bound, *_ in state.open)
-            # With all that is open counted as found, this much may stay open; if that asks for nothing, without it.
-            for enough in (self.tolerance * (closed + left), self.tolerance * closed):
-                while state.open and len(some) < _AT_ONCE and left >= enough:
-                    some.append(heapq.heappop(state.open))
-                    left -= np.exp(-some[-1][0])
-                if some:
-                    break
-        if not some and missing >= 0:
+                left -= np.exp(-some[-1][0])
+            if some:
+                break
+        if not some:
             at = next(i for i, entry in enumerate(state.open) if _leads_to(entry[2], missing))
             some.append(state.open.pop(at))
             heapq.heapify(state.open)
-        return [(-negative, branch, path) for negative, _, branch, path in some]
+        return [
+            _Guess(-negative, _spine(branch) if place == 0 else [branch], path)
+            for place, (negative, _, branch, path) in enumerate(some)
+        ]
+
+    def _fitting(self, chosen: list[list["_Guess"]], states: list[_State]) -> int:
+        """Put back what would make the batch wider than the best guesses need, and a little: every column of it is
+        computed for all rows. Returns the width."""
+        most = _WIDER + max(len(guesses[0].tokens) for guesses in chosen)
+        for state, guesses in zip(states, chosen, strict=True):
+            while sum(len(guess.tokens) for guess in guesses) > most:
+                last = guesses.pop()
+                self._push(state, last.log_p, last.branches[0], last.above)
+        return max(sum(len(guess.tokens) for guess in guesses) for guesses in chosen)
 
     def _expand(self, context: _Context, states: list[_State], texts: int) -> None:
-        """Some branches of every text, and on from the best of them down the way most training rows went: that
-        guess costs a few tokens, and saves a round where it is right."""
+        """Look into some branches of every text."""
         chosen = [self._chosen(state) for state in states]
-        spines = [
-            [_spine(branch) if place == 0 else [branch] for place, (_, branch, _) in enumerate(some)] for some in chosen
-        ]
-        runs = [[[t for branch in spine for t in _read_tokens(branch)] for spine in row] for row in spines]
-        width = max(sum(map(len, row)) for row in runs)
+        width = self._fitting(chosen, states)
         before = context.positions.shape[1]
         shape = (len(states), width)
         tokens, positions, groups = np.zeros(shape, dtype=np.int64), np.full(shape, -1), np.full(shape, -1)
         path = np.zeros((*shape, before), dtype=bool)
         path[:, :, :texts] = context.positions[:, None, :texts] >= 0
-        for row, (state, some) in enumerate(zip(states, chosen, strict=True)):
-            column = width - sum(map(len, runs[row]))
-            for group, (run, (_, _, above)) in enumerate(zip(runs[row], some, strict=True)):
-                here = slice(column, column + len(run))
-                tokens[row, here], groups[row, here] = run, group
-                positions[row, here] = state.length + len(above) + np.arange(len(run))
-                path[row, here, list(above)] = True
-                column += len(run)
-        known = self._known(context.read(tokens, positions, path, groups, width))
-        for row, (state, some) in enumerate(zip(states, chosen, strict=True)):
-            column = width - sum(map(len, runs[row]))
-            for (log_p, _, above), spine in zip(some, spines[row], strict=True):
-                for place, branch in enumerate(spine):
+        for row, (state, guesses) in enumerate(zip(states, chosen, strict=True)):
+            column = width - sum(len(guess.tokens) for guess in guesses)
+            for group, guess in enumerate(guesses):
+                here = slice(column, column + len(guess.tokens))
+                tokens[row, here], groups[row, here] = guess.tokens, group
+                positions[row, here] = state.length + len(guess.above) + np.arange(len(guess.tokens))
+                path[row, here, list(guess.above)] = True
+                column += len(guess.tokens)
+        read = positions >= 0
+        known = np.full((*shape, len(self.codes.alphabet)), np.nan)
+        known[read] = self._known(context.read(tokens, positions, path, groups, read))
+        for row, (state, guesses) in enumerate(zip(states, chosen, strict=True)):
+            column = width - sum(len(guess.tokens) for guess in guesses)
+            for guess in guesses:
+                log_p, above = guess.log_p, guess.above
+                for place, branch in enumerate(guess.branches):
                     if place:
                         # The next branch of the spine was opened a moment ago, and is looked into right away.
                         log_p = self._take(state, branch)
@@ -411,11 +447,6 @@ class _Walk:
         negative, *_ = state.open.pop(at)
         heapq.heapify(state.open)
         return -negative
-
-
-def _read_tokens(branch: Branch) -> tuple[int, ...]:
-    """What has to be read to know a branch's probability and what follows it: all but the last token of a code."""
-    return branch.tokens[:-1] if branch.code is not None else branch.tokens
 
 
 def _leads_to(branch: Branch, code: int) -> bool:
