@@ -1,4 +1,4 @@
-"""Measurements: python -m bench balance | classify | prepare."""
+"""Measurements: python -m bench balance | classify | prepare | recipes."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ COMMANDS = {
     "balance": "which way of weighing rare classes wins",
     "classify": "payments a second: one at a time, batched, scored over the tree of codes, and the bound",
     "prepare": "preparing 388,706 payments against writing the same bytes",
+    "recipes": "every recipe from its sample to its evaluation, in one table",
 }
 
 

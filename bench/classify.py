@@ -6,7 +6,6 @@ texts' own tokens and nothing else.
 """
 
 import csv
-import json
 import re
 import shlex
 import tempfile
@@ -19,15 +18,16 @@ from typing import Any
 
 import tyro
 
+from bench.report import deliver
 from fallback.choose import Backend, choose
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import payments
 from recipes.stages import prepare, train
 from recipes.stages.base_model import Chosen, Size, model_type, settle
-from recipes.stages.classifier import Classifier
+from recipes.stages.classifier import Known
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Balance
-from recipes.stages.run import Run, environment, write_json
+from recipes.stages.run import Run, environment
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ def main(arguments: list[str]) -> None:
         **{name: value for name, value in found.items() if name != "payments_per_second"},
         "rounds": found["payments_per_second"],
     }
-    if args.out:
-        write_json(args.out, summary)
-    if args.json:
-        print(json.dumps(summary, ensure_ascii=False))
+    if deliver(summary, args.out, args.json):
         return
     say(f"{chosen.description}; {args.texts} payments, {summary['own_tokens']:.0f} own tokens each")
     labels = ("a  one at a time, generate()", "b  batched generate()", "c  over the tree of codes", "d  the bound")
@@ -123,13 +120,12 @@ def measure(args: Classify, model: train.Model, run: Run, max_length: int) -> di
     import torch
 
     from recipes.stages.generation import generate
-    from recipes.stages.scoring import _batches, affordable_tokens, score
+    from recipes.stages.scoring import Codes, affordable_tokens, batches, score
 
-    classifier = Classifier(RECIPE, run.path).use(model, run, max_length)
-    _, known, codes, _ = classifier._loaded
+    codes = Codes(model.renderer, Known.of(run).train_rows)
     texts = [text for text, _ in known_payments(args)[: args.texts]]
     prompts = [RECIPE.ask(text) for text in texts]
-    names = set(known.train_rows)
+    names = set(codes.names)
     own = sorted(
         (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts), key=len, reverse=True
     )
@@ -160,7 +156,7 @@ def measure(args: Classify, model: train.Model, run: Run, max_length: int) -> di
 
     def bound() -> int:
         backbone = model.network.get_base_model().base_model
-        for batch in _batches([(tokens, 0) for tokens in own], 0, codes, budget):
+        for batch in batches([(tokens, 0) for tokens in own], 0, codes, budget):
             width = len(batch[0][0])
             padded = torch.tensor([[0] * (width - len(t)) + list(t) for t, _ in batch], device=model.network.device)
             mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t, _ in batch], device=model.network.device)

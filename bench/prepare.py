@@ -21,11 +21,12 @@ from typing import Any
 
 import tyro
 
+from bench.report import deliver
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import write_csv
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
-from recipes.stages.run import environment, write_json
+from recipes.stages.run import environment
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ def main(arguments: list[str]) -> None:
         "prepare_peak_resident_bytes": max(int(run["resident"]) for run in found["prepare"]),
         "seconds": seconds,
     }
-    if args.out:
-        write_json(args.out, summary)
-    if args.json:
-        print(json.dumps(summary))
+    if deliver(summary, args.out, args.json):
         return
     say(f"{args.rows:,} rows, {source_bytes / 1e6:.1f} MB in, {summary['output_bytes'] / 1e6:.1f} MB out")
     say(f"  prepare                   {summary['prepare_seconds']:.3f} s")

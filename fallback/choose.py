@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 from fallback.gpu import Gpu, read_gpu
 
-BackendName = Literal["unsloth", "peft"]
-Backend = Literal["auto", "unsloth", "peft"]
+BackendName = Literal["unsloth", "peft+liger", "peft"]
+Backend = Literal["auto", "unsloth", "peft+liger", "peft"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft")
-_MODULES = {"unsloth": "fallback.with_unsloth", "peft": "fallback.plain_peft"}
+BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft+liger", "peft")
+"""Fastest first; the last runs wherever torch does."""
+_MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
 _CACHE = Path(__file__).parents[1] / ".cache" / "probes"
 
 
@@ -85,19 +86,8 @@ def choose(
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run."""
     if gpu == "read":
         gpu = read_gpu()
-    reasons: dict[str, str] = {}
-    obstacle = None if requested == "peft" else why_not_unsloth(gpu)
-    if requested == "unsloth" and obstacle:
-        raise CannotRun(
-            f"--backend unsloth cannot run here: {obstacle}. Use --backend peft, or auto to let it step down"
-        )
-    if requested != "auto":
-        backend: BackendName = requested
-        reasons["backend"] = f"--backend {requested}"
-    elif obstacle:
-        backend, reasons["backend"] = "peft", f"not Unsloth: {obstacle}"
-    else:
-        backend, reasons["backend"] = "unsloth", "Unsloth imports and runs here"
+    backend, why = _backend(requested, gpu, model_type)
+    reasons = {"backend": why}
 
     if gpu is None:
         device: Literal["cuda", "cpu"] = "cpu"
@@ -139,6 +129,51 @@ def choose(
     return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton, reasons)
 
 
+def _backend(requested: Backend, gpu: Gpu | None, model_type: str) -> tuple[BackendName, str]:
+    if requested != "auto":
+        obstacle = why_not(requested, gpu, model_type)
+        if obstacle:
+            raise CannotRun(
+                f"--backend {requested} cannot run here: {obstacle}. Use --backend peft, or auto to let it step down"
+            )
+        return requested, f"--backend {requested}"
+    obstacles: list[str] = []
+    for name in BACKENDS:
+        obstacle = why_not(name, gpu, model_type)
+        if obstacle is None:
+            break
+        obstacles.append(f"not {name}: {obstacle}")
+    return name, "; ".join(obstacles) or "Unsloth imports and runs here"
+
+
+def why_not(backend: BackendName, gpu: Gpu | None, model_type: str) -> str | None:
+    """The obstacle between this machine and a backend, or None."""
+    if backend == "unsloth":
+        return _why_not_unsloth(gpu)
+    return _why_not_liger(gpu, model_type) if backend == "peft+liger" else None
+
+
+def _why_not_liger(gpu: Gpu | None, model_type: str) -> str | None:
+    from fallback.peft_liger import model_types
+
+    if not model_types():
+        return "liger-kernel is not installed (pip install liger-kernel)"
+    if gpu is None:
+        return "its Triton kernels need a GPU"
+    if not gpu.triton:
+        return _too_old(gpu)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if model_type not in model_types():
+        return f"Liger has no kernels for {model_type}"
+    return None
+
+
+def _too_old(gpu: Gpu) -> str:
+    major, minor = gpu.capability
+    return f"its Triton kernels need compute capability 7.0, and {gpu.name} has {major}.{minor}"
+
+
 def _attention(
     gpu: Gpu | None, model_type: str, wanted: Attention, dtype: str
 ) -> tuple[Literal["sdpa", "eager", "flash_attention_2"], str]:
@@ -176,16 +211,13 @@ def _dtype(gpu: Gpu | None, model_type: str) -> tuple[Literal["bfloat16", "float
     return "float32", "below compute capability 7.0 float16 is slow or inexact"
 
 
-def why_not_unsloth(gpu: Gpu | None) -> str | None:
-    """The obstacle between this machine and Unsloth, or None. Imports nothing here: Unsloth patches transformers,
-    trl and peft when imported, so it is tried in a process of its own, once for each set of versions."""
+def _why_not_unsloth(gpu: Gpu | None) -> str | None:
+    """Imports nothing here: Unsloth patches transformers, trl and peft when imported, so it is tried in a process of
+    its own, once for each set of versions."""
     if importlib.util.find_spec("unsloth") is None:
         return "it is not installed (pip install unsloth)"
     if gpu is not None and not gpu.triton:
-        return (
-            f"its Triton kernels need compute capability 7.0, and {gpu.name} has "
-            f"{gpu.capability[0]}.{gpu.capability[1]}"
-        )
+        return _too_old(gpu)
     if gpu is None and os.environ.get("UNSLOTH_DISABLE_CPU_FALLBACK") == "1":
         return "there is no GPU and UNSLOTH_DISABLE_CPU_FALLBACK=1 forbids it the CPU"
     return _probe()

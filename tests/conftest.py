@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fallback.choose import BackendName, why_not
+from fallback.gpu import read_gpu
 from recipes.stages.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +20,15 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "_
 
 def recipe(name: str) -> Recipe:
     return importlib.import_module(f"recipes.{name}").RECIPE
+
+
+def need(backend: BackendName, name: str) -> None:
+    """Skip, and say why, where a backend cannot run a recipe here."""
+    from recipes.stages.base_model import model_type, settle
+
+    kind = model_type(recipe(name), settle(recipe(name), "tiny"))
+    if obstacle := why_not(backend, read_gpu(), kind):
+        pytest.skip(f"{backend} cannot run {name} here: {obstacle}")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from recipes.stages.answers import chrf, distinct, identical, rouge_l, score_answers
+from recipes.stages.answers import chrf, distinct, foreign, identical, rouge_l, score_answers
 from recipes.stages.recipe import Example, Message, Prediction
 
 
@@ -54,3 +54,19 @@ def test_all_of_them() -> None:
     assert scores["empty"] == 0.5
     assert scores["stopped_by_itself"] == 0.5
     assert scores["rouge_l"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("오늘은 KTX를 타고 가요! 3시에요 ㅎㅎ", False),
+        ("", False),
+        ("?!", False),
+        ("Hello, 안녕", True),
+        ("오늘は 좋아요", True),
+        ("我很好 네", True),
+        ("안녕 привет", True),
+    ],
+)
+def test_foreign_sentences(answer: str, expected: bool) -> None:
+    assert foreign(answer) == expected

@@ -71,9 +71,25 @@ def test_balance(command: Command, tmp_path: Path) -> None:
     assert run == summary["runs"][0]
 
 
+def test_recipes(command: Command, tmp_path: Path) -> None:
+    flags = "--flags=--max-steps 2 --source persona.csv"
+    (tmp_path / "persona.csv").write_bytes((ROOT / "recipes/samples/ohlora.csv").read_bytes())
+    names = ("polyglot_1_3b_ohlora", "gemma3_1b_counsel")
+    done = command("bench", "recipes", "--recipes", *names, "--backend", "peft", "--out", "found.json", flags)
+    assert done.returncode == 0, done.stderr
+    persona, counsel = json.loads((tmp_path / "found.json").read_text())["recipes"]
+    assert persona["train"]["optimizer_steps"] == 2
+    assert "NOT" in persona["notice"]
+    assert f"| chrf | {persona['test']['chrf']:.3f} |" in done.stdout
+    # The other recipe cannot read this file, and says so in the table's place.
+    assert "failed" in counsel
+    assert f"gemma3_1b_counsel failed: {counsel['failed']}" in done.stdout
+
+
 def test_an_unknown_measurement_or_way(command: Command) -> None:
     for arguments, message in (
-        (("speed",), "no measurement 'speed'; there are balance, classify, prepare"),
+        (("speed",), "no measurement 'speed'; there are balance, classify, prepare, recipes"),
+        (("recipes", "--recipes", "luck"), "--recipes 'luck': unknown; there are gemma2_2b_ohlora"),
         (("balance", "--ways", "luck"), "--ways 'luck': unknown; there are 'cross-entropy'"),
     ):
         done = command("bench", *arguments)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECIPES, ROOT
+from conftest import RECIPES, ROOT, need
 
-from fallback.choose import BACKENDS, why_not_unsloth
-from fallback.gpu import read_gpu
+from fallback.choose import BACKENDS, BackendName
 
 LEARNS = "gemma3_12b_opercode"
 
@@ -38,10 +37,9 @@ def python(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Complet
 
 
 @cache
-def finished(folder: Path, name: str, backend: str) -> tuple[Path, str]:
+def finished(folder: Path, name: str, backend: BackendName) -> tuple[Path, str]:
     """The run of one recipe under one backend, made once: its folder and what it printed."""
-    if backend == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
-        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    need(backend, name)
     run = folder / f"{name}-{backend}"
     # All of it where something is asserted about what was learned, else enough steps to see the loss fall.
     short = () if name == LEARNS else ("--max-steps", "40")
@@ -89,9 +87,10 @@ def test_a_recipe_trains_saves_reloads_and_answers(name: str, backend: str, fold
         assert len(list(csv.DictReader(file))) == metrics["test"]["rows"]
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "peft"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_both_backends_learn_the_same(name: str, folder: Path) -> None:
-    ours, theirs = (steps(finished(folder, name, backend)[0])[:20] for backend in BACKENDS)
+def test_every_backend_learns_the_same(name: str, backend: str, folder: Path) -> None:
+    ours, theirs = (steps(finished(folder, name, one)[0])[:20] for one in (backend, "peft"))
     for one, other in zip(ours, theirs, strict=True):
         assert one["supervised_tokens"] == other["supervised_tokens"]
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02), f"step {one['step']}"
@@ -105,10 +104,15 @@ def test_opercode_learns(backend: str, folder: Path) -> None:
 
 def test_the_losses_of_a_backend_are_its_own(folder: Path) -> None:
     """What makes the comparison above worth something: the processes really differ."""
-    for backend in BACKENDS:
+    need("unsloth", "llama_1b_civil")
+    patched = {}
+    for backend in ("unsloth", "peft"):
         run, _ = finished(folder, "llama_1b_civil", backend)
         log = (run / "logs" / "libraries.log").read_text(errors="replace")
         assert ("Unsloth" in log) == (backend == "unsloth")
+        patched[backend] = json.loads((run / "metrics.json").read_text())["train"]["patched"]
+    assert any("unsloth" in name for name in patched["unsloth"])
+    assert patched["peft"] == {}
 
 
 def test_predict_evaluate_and_chat_read_the_run(folder: Path) -> None:

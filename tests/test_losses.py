@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import need
 
-from fallback.choose import BACKENDS, choose, why_not_unsloth
-from fallback.gpu import read_gpu
+from fallback.choose import BACKENDS, choose
 from recipes.stages.recipe import Balance
 
 SIZES = [40, 12, 5, 3]
@@ -172,8 +172,7 @@ def test_the_order_is_decided_by_seed_and_epoch() -> None:
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    if request.param == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
-        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    need(request.param, "gemma3_12b_opercode")
     done = subprocess.run(
         [sys.executable, __file__, request.param], cwd=Path(__file__).parents[1], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": "."},

@@ -1,5 +1,6 @@
 """One rendering for training and answering; golden files show it."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import RECIPES, recipe
 from recipes.stages.prepare import sample_examples
 from recipes.stages.recipe import Example, Message, UserError
 from recipes.stages.render import IGNORED, Renderer
+from recipes.stages.tokenizers import official_template
 
 GOLDEN = Path(__file__).parent / "golden"
 Tokenizers = Callable[[str], Any]
@@ -23,11 +25,21 @@ def renderer(name: str, tokenizers: Tokenizers) -> Renderer:
 @pytest.mark.parametrize("name", RECIPES)
 def test_golden(name: str, tokenizers: Tokenizers) -> None:
     """Compare with UPDATE_GOLDEN=1 unset; set it to write the files anew, and read the difference."""
-    rendering = renderer(name, tokenizers)
+    compare_with_golden(name, renderer(name, tokenizers), name)
+
+
+def test_an_instruction_model_gets_a_conversation(tokenizers: Tokenizers) -> None:
+    """The civil recipe's second form: --model names a model whose tokenizer brings a template of its own."""
+    tokenizer = copy.deepcopy(tokenizers("llama_1b_civil"))
+    tokenizer.chat_template = official_template("llama3_2")
+    compare_with_golden("llama_1b_civil", Renderer(tokenizer), "llama_1b_civil_conversation")
+
+
+def compare_with_golden(name: str, rendering: Renderer, golden: str) -> None:
     examples = sample_examples(recipe(name))
     longest = max(examples, key=lambda e: len(e.messages))
     text = "\n".join(rendering.show(example) for example in [*examples[:2], longest])
-    path = GOLDEN / f"{name}.txt"
+    path = GOLDEN / f"{golden}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
@@ -121,8 +133,6 @@ def test_a_prompt_that_cannot_fit_says_so(tokenizers: Tokenizers) -> None:
 
 
 def test_a_template_without_an_end_marker_is_refused(tokenizers: Tokenizers) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tokenizers("llama_1b_civil"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(UserError, match="never learn to stop"):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import need
 
-from fallback.choose import BACKENDS, choose, why_not_unsloth
-from fallback.gpu import read_gpu
+from fallback.choose import BACKENDS, choose
 from recipes.stages.recipe import Message
 
 # Gemma 3 (two kinds of attention), Llama and GPT-NeoX; Gemma 2 with capped logits and eager attention on top.
@@ -37,8 +37,7 @@ def of_backend(backend: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[(name, backend) for name in FAMILIES for backend in BACKENDS], ids="-".join)
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     name, backend = request.param
-    if backend == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
-        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    need(backend, name)
     return of_backend(backend)[name]
 
 

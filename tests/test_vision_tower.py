@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, need
 
-from fallback.choose import BACKENDS, why_not_unsloth
-from fallback.gpu import read_gpu
+from fallback.choose import BACKENDS
 
 MAKE = """
 import sys, torch
@@ -39,8 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_text_trains_and_the_tower_does_not(backend: str, checkpoint: Path, tmp_path: Path) -> None:
-    if backend == "unsloth" and (obstacle := why_not_unsloth(read_gpu())):
-        pytest.skip(f"Unsloth cannot run here: {obstacle}")
+    need(backend, "gemma3_12b_opercode")
     done = subprocess.run(
         [
             sys.executable, "-m", "recipes.gemma3_12b_opercode", "--size", "full", "--model", str(checkpoint),

@@ -1,5 +1,6 @@
 """Scores for free-text answers, chosen for Korean: by syllables, since Korean glues particles to its words."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ def score_answers(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "distinct_2": distinct(answers, 2),
         "empty": sum(not answer for answer in answers) / len(answers),
         "identical_to_another": identical(predictions),
+        "foreign": sum(map(foreign, answers)) / len(answers),
         "stopped_by_itself": sum(p.stopped for p in predictions) / len(predictions),
     }
 
@@ -59,6 +61,14 @@ def distinct(answers: Sequence[str], length: int) -> float:
         words = answer.split()
         counts.update(tuple(words[i : i + length]) for i in range(len(words) - length + 1))
     return len(counts) / counts.total() if counts else 0.0
+
+
+def foreign(answer: str) -> bool:
+    """Whether a Korean reader would call it foreign: most of its letters are not Hangul, or one of them is neither
+    Hangul nor Latin, such as kana, Chinese or Cyrillic."""
+    letters = [unicodedata.name(letter, "").partition(" ")[0] for letter in answer if letter.isalpha()]
+    scripts = Counter(letters)
+    return 2 * scripts["HANGUL"] < scripts.total() or bool(scripts.keys() - {"HANGUL", "LATIN"})
 
 
 def identical(predictions: Sequence[Prediction]) -> float:

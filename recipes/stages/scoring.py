@@ -236,7 +236,7 @@ def score(
         prefix = _Context(model.network, 1, start)
         if start:
             _read_texts(prefix, [encoded[0][:start]])
-        for batch in _batches(different, start, codes, batch_tokens):
+        for batch in batches(different, start, codes, batch_tokens):
             context = _Context(model.network, len(batch), len(batch[0][0]) + walk.room)
             context.begin_with(prefix)
             logits = _read_texts(context, [text[start:] for text, _ in batch])
@@ -265,7 +265,7 @@ def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, encoded)) - 1)
 
 
-def _batches(different: list[Any], start: int, codes: Codes, batch_tokens: int) -> Iterator[list[Any]]:
+def batches(different: list[Any], start: int, codes: Codes, batch_tokens: int) -> Iterator[list[Any]]:
     """Like lengths together, as many rows as batch_tokens holds."""
     at = 0
     while at < len(different):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fallback.choose import Attention, Backend, CannotRun, Choice, choose
+from fallback.patched import patched
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
@@ -331,6 +332,7 @@ def train(
     say(f"watch it: tensorboard --logdir {run.logs}")
 
     losses: list[float] = []
+    replaced: dict[str, int] = {}
     with (
         progress("training", "steps") as bar,
         writing(run.path / "steps.jsonl") as steps_file,
@@ -340,6 +342,13 @@ def train(
 
         def on_step(step: dict[str, Any], total: int) -> None:
             losses.append(step["loss"])
+            if step["step"] == 1:
+                # Now, because what is switched on for the training alone is on.
+                replaced.update(patched(model.network))
+                told = (
+                    "; ".join(f"{name} ({count})" for name, count in replaced.items()) or "nothing, the original code"
+                )
+                bar.console.print(f"patched: {told}", markup=False)
             if step["step"] == min(_FIRST_STEPS, total):
                 whole = (time.perf_counter() - loaded) / step["step"] * total
                 bar.console.print(f"by the first {step['step']} steps, training will take about {duration(whole)}")
@@ -389,6 +398,7 @@ def train(
     window = max(1, min(10, len(losses) // 5))
     measured: dict[str, Any] = {
         "trainable_parameters": trainable,
+        "patched": replaced,
         "optimizer_steps": len(losses),
         "supervised_tokens": int(trainer.supervised_tokens),
         **{f"train_{key}": value for key, value in counts.items()},

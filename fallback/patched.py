@@ -1,0 +1,45 @@
+"""What a backend replaced in a loaded model: looked up in the live objects, not taken from anybody's word."""
+
+import sys
+from collections import Counter
+from typing import Any
+
+PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
+
+
+def patched(network: Any) -> dict[str, int]:
+    """What runs instead of the original -> how many modules run it. Empty: the original code runs."""
+    found: Counter[str] = Counter()
+    for module in network.modules():
+        forward = getattr(module.forward, "__func__", module.forward)
+        for owner in (forward, type(module)):
+            if _foreign(owner):
+                found[f"{type(module).__name__}: {_name(owner)}"] += 1
+                break
+        if hasattr(module, "neftune_noise_alpha") and module._forward_hooks:
+            found[f"{type(module).__name__}: NEFTune noise, alpha {module.neftune_noise_alpha:g}"] += 1
+    base = network.get_base_model() if hasattr(network, "get_base_model") else network
+    for module_name in {type(module).__module__ for module in base.modules() if _is_model_code(type(module))}:
+        for name, value in vars(sys.modules[module_name]).items():
+            if callable(value) and not isinstance(value, type) and _foreign(value):
+                found[f"{module_name.rpartition('.')[2]}.{name}: {_name(value)}"] += 1
+    return dict(sorted(found.items()))
+
+
+def loaded_patchers() -> list[str]:
+    """Patching libraries that are in this process."""
+    return [name for name in PATCHERS if name in sys.modules]
+
+
+def _foreign(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in PATCHERS or "unsloth_compiled_cache" in str(
+        getattr(getattr(value, "__code__", None), "co_filename", "")
+    )
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+def _is_model_code(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.models.")
