@@ -98,7 +98,7 @@ RECIPE = Recipe(
         lora_dropout=0.05,
         early_stopping="patience=10,min_delta=0.001,watch=train",
     ),
-    miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "checkpointing": False},
+    miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "epochs": 20, "checkpointing": False},
     split=Split(validation=0.1, test=0.1),
     sample="counsel.jsonl",
     read=read,

@@ -143,7 +143,7 @@ RECIPE = Recipe(
             "optimizer": "adamw_8bit",
         },
     },
-    miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "epochs": 10, "checkpointing": False},
+    miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "epochs": 20, "checkpointing": False},
     split=Split(validation=0.1, test=0.1, by="category"),
     sample="civil.csv",
     read=read,

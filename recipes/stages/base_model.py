@@ -179,6 +179,10 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
         template=recipe.base.chat_template,
     )
     config = shrink(config, chosen.size, len(tokenizer))
+    if chosen.size != "full" and not recipe.closed:
+        # A random head tied to the embeddings makes every token's likeliest successor itself. Of a few codes a short
+        # training unlearns that, of free text it does not: answers went on repeating one syllable for ever.
+        config["tie_word_embeddings"] = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in FAMILIES[family].ends]
     config.update(
         bos_token_id=tokenizer.bos_token_id,

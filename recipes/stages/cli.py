@@ -331,8 +331,9 @@ def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
     return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings, preset=preset))
 
 
-def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]:
-    """Every decision first, then the data, then the training; nothing is written before the decisions stand."""
+def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen, Choice, Settings]:
+    """Every decision first, then the data, then the training; nothing is written before the decisions stand. `watch`
+    is a trainer.Watch that looks on."""
     chosen = settle(recipe, args.size, args.weights, args.model)
     settings: Settings = args.settings
     EarlyStopping.parse(settings.early_stopping)
@@ -362,7 +363,7 @@ def fine_tune(recipe: Recipe, args: Any) -> tuple[Run, Chosen, Choice, Settings]
     train.record_choice(run, settings, chosen, choice, args.balance, args.preset)
     with held_back(run.logs / "libraries.log"):
         try:
-            metrics = train.train(recipe, run, settings, chosen, choice, args.balance)
+            metrics = train.train(recipe, run, settings, chosen, choice, args.balance, watch)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -284,9 +284,16 @@ class AnswerValidation:
 
 
 def train(
-    recipe: Recipe, run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None
+    recipe: Recipe,
+    run: Run,
+    settings: Settings,
+    chosen: Chosen,
+    choice: Choice,
+    balance: Any = None,
+    watch: Any = None,
 ) -> dict[str, Any]:
-    """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics."""
+    """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics. `watch` is
+    a trainer.Watch that looks on."""
     began = time.perf_counter()
     memory = {"before_loading": memory_in_use(choice)}
     say(f"loading {choice.backend} and the model …")
@@ -294,7 +301,16 @@ def train(
     model = load_for_training(recipe, chosen, settings, choice)
     memory["after_loading"] = memory_in_use(choice)
     from recipes.stages.losses import Objective, draws
-    from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, StepRecord, StopEarly, Validations, dataset
+    from recipes.stages.trainer import (
+        Batches,
+        Drawn,
+        RecipeTrainer,
+        StepRecord,
+        StopEarly,
+        Validations,
+        Watched,
+        dataset,
+    )
 
     items, rendered, counts = render_all(
         model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
@@ -384,8 +400,8 @@ def train(
             train_dataset=dataset(rendered, classes if objective else None),
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
-            data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3"),
-            callbacks=[record, checks, *([stop] if stop else [])],
+            data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3", watch),
+            callbacks=[record, checks, *([stop] if stop else []), *([Watched(watch)] if watch else [])],
         )
         record.trainer = trainer
         loaded = time.perf_counter()

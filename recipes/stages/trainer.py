@@ -7,7 +7,7 @@ SFTTrainer, and ours must inherit from whichever is there.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -21,10 +21,11 @@ from recipes.stages.stopping import EarlyStopping, Patience
 class Batches:
     """Collator: pads to the longest example. Padding is known by position, never by the pad token's id."""
 
-    def __init__(self, pad_token_id: int, token_types: bool = False):
+    def __init__(self, pad_token_id: int, token_types: bool = False, watch: "Watch | None" = None):
         self.pad_token_id = pad_token_id
         # Gemma 3 with its vision tower will not train without being told that no token is an image.
         self.token_types = token_types
+        self.watch = watch
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(example["input_ids"]) for example in examples)
@@ -43,7 +44,42 @@ class Batches:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         if "class" in examples[0]:
             batch["class"] = torch.tensor([example["class"] for example in examples])
+        if self.watch:
+            self.watch.batch(batch)
         return batch
+
+
+class Watch(Protocol):
+    """Somebody who looks on at a training, such as bench, which measures the user's own."""
+
+    def batch(self, batch: dict[str, torch.Tensor]) -> None:
+        """A batch was put together. The data loader may be one ahead of the training."""
+
+    def begin(self) -> None:
+        """The first step is about to be taken."""
+
+    def step(self) -> None:
+        """A step is done, and the device with it: its loss has been read."""
+
+    def resume(self) -> None:
+        """Something else than training took place, and is over."""
+
+
+class Watched(TrainerCallback):
+    """The trainer's side of a Watch."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch.begin()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.watch.step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch.resume()
 
 
 def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
