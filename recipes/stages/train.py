@@ -295,11 +295,11 @@ def train(
     """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics. `watch` is
     a trainer.Watch that looks on."""
     began = time.perf_counter()
-    memory = {"before_loading": memory_in_use(choice)}
+    memory = {"before_loading": memory_in_use(choice.device == "cuda")}
     say(f"loading {choice.backend} and the model …")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
-    memory["after_loading"] = memory_in_use(choice)
+    memory["after_loading"] = memory_in_use(choice.device == "cuda")
     from recipes.stages.losses import Objective, draws
     from recipes.stages.trainer import (
         Batches,
@@ -420,7 +420,7 @@ def train(
         **{f"train_{key}": value for key, value in counts.items()},
         "first_loss": sum(losses[:window]) / window,
         "final_loss": sum(losses[-window:]) / window,
-        "memory_bytes": {**memory, "peak": memory_in_use(choice, peak=True)},
+        "memory_bytes": {**memory, "peak": memory_in_use(choice.device == "cuda", peak=True)},
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trained - loaded, 2),
     }
@@ -440,7 +440,7 @@ def train(
     return measured
 
 
-def memory_in_use(choice: Choice, peak: bool = False) -> dict[str, int]:
+def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
     """Resident memory of this process and, on a GPU, what torch has allocated there."""
     import resource
 
@@ -450,7 +450,7 @@ def memory_in_use(choice: Choice, peak: bool = False) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     found = {"resident": most if peak else psutil.Process().memory_info().rss}
-    if choice.device == "cuda" and "torch" in sys.modules:
+    if cuda and "torch" in sys.modules:
         import torch
 
         if torch.cuda.is_initialized():

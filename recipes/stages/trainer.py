@@ -55,7 +55,7 @@ class Watch(Protocol):
     def batch(self, batch: dict[str, torch.Tensor]) -> None:
         """A batch was put together. The data loader may be one ahead of the training."""
 
-    def begin(self) -> None:
+    def begin(self, network: Any) -> None:
         """The first step is about to be taken."""
 
     def step(self) -> None:
@@ -71,8 +71,8 @@ class Watched(TrainerCallback):
     def __init__(self, watch: Watch):
         self.watch = watch
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.watch.begin()
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.watch.begin(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -129,7 +129,12 @@ class RecipeTrainer(SFTTrainer):
         validate: Callable[[], dict[str, float]] | None = None,
         **arguments: Any,
     ):
+        trained = [(p, p.data) for p in arguments["model"].parameters() if p.requires_grad]
         super().__init__(**arguments)
+        for parameter, data in trained:
+            # TRL rounds the LoRA matrices of a quantised model to bfloat16 for good, and AdamW on such parameters
+            # loses every update below their 8 bits; Unsloth keeps them in float32, where PEFT puts them.
+            parameter.data = data
         self.remove_callback(PrinterCallback)
         self.sampler, self.objective, self.validate = sampler, objective, validate
 
