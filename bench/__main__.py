@@ -1,4 +1,4 @@
-"""Measurements: python -m bench balance | classify | prepare | recipes."""
+"""Measurements: python -m bench compare | balance | classify | prepare | recipes, and what to do with them."""
 
 import importlib
 import sys
@@ -6,19 +6,28 @@ import sys
 from recipes.stages.cli import as_command
 
 COMMANDS = {
-    "balance": "which way of weighing rare classes wins",
-    "classify": "payments a second: one at a time, batched, scored over the tree of codes, and the bound",
-    "prepare": "preparing 388,706 payments against writing the same bytes",
-    "recipes": "every recipe from its sample to its evaluation, in one table",
+    "compare": (
+        "compare:main",
+        "memory, time and tokens per second with and without Unsloth; the same training?",
+    ),
+    "report": ("results:report_command", "a comparison's report, written and shown again"),
+    "diff": ("results:diff_command", "two comparisons: what became worse, and was it the code or the machine?"),
+    "list": ("results:list_command", "the comparisons that are there"),
+    "balance": ("balance:main", "which way of weighing rare classes wins"),
+    "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
+    "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
+    "recipes": ("recipes:main", "every recipe from its sample to its evaluation, in one table"),
 }
+"""Name -> where it is, and what it measures."""
 
 
 def dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        for name, what in COMMANDS.items():
+        for name, (_, what) in COMMANDS.items():
             print(f"python -m bench {name} [--help]\n    {what}")
     elif arguments[0] in COMMANDS:
-        importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+        module, _, function = COMMANDS[arguments[0]][0].partition(":")
+        getattr(importlib.import_module(f"bench.{module}"), function)(arguments[1:])
     else:
         from recipes.stages.recipe import UserError
 

@@ -7,8 +7,9 @@ from typing import Any
 PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
 
 
-def patched(network: Any) -> dict[str, int]:
-    """What runs instead of the original -> how many modules run it. Empty: the original code runs."""
+def patched(network: Any, trainer: Any = None) -> dict[str, int]:
+    """What runs instead of the original -> how many modules, or methods of the trainer, run it. Empty: the original
+    code runs."""
     found: Counter[str] = Counter()
     for module in network.modules():
         forward = getattr(module.forward, "__func__", module.forward)
@@ -23,6 +24,11 @@ def patched(network: Any) -> dict[str, int]:
         for name, value in vars(sys.modules[module_name]).items():
             if callable(value) and not isinstance(value, type) and _foreign(value):
                 found[f"{module_name.rpartition('.')[2]}.{name}: {_name(value)}"] += 1
+    for kind in type(trainer).__mro__ if trainer is not None else ():
+        replaced = [value for value in vars(kind).values() if callable(value) and _foreign(value)]
+        if replaced:
+            libraries = sorted({str(value.__module__).partition(".")[0] for value in replaced})
+            found[f"{kind.__name__}: methods of {', '.join(libraries)}"] = len(replaced)
     return dict(sorted(found.items()))
 
 

@@ -360,7 +360,7 @@ def train(
             losses.append(step["loss"])
             if step["step"] == 1:
                 # Now, because what is switched on for the training alone is on.
-                replaced.update(patched(model.network))
+                replaced.update(patched(model.network, trainer))
                 told = (
                     "; ".join(f"{name} ({count})" for name, count in replaced.items()) or "nothing, the original code"
                 )

@@ -1,0 +1,225 @@
+"""How much memory and time Unsloth saves on this machine, whether that is more than noise, and whether the training
+is still the same.
+
+    python -m bench compare                                        every recipe, Unsloth against plain PEFT
+    python -m bench compare --recipes gemma3_1b_counsel --size full --weights pretrained
+    python -m bench compare --backends peft,peft                   an A/A run: it should find nothing
+    python -m bench compare --case ohlora-table                    the table that Oh-LoRA was introduced with
+"""
+
+import json
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from bench import report
+from bench.case import Case, Grid, arms
+from bench.launch import finished, sweep
+from bench.recipes import NAMES
+from bench.summary import summarise
+from fallback.choose import BACKENDS, BackendName, why_not
+from fallback.gpu import Gpu, read_gpu
+from recipes.stages.base_model import Weights, architecture, model_type, settle
+from recipes.stages.console import duration, say
+from recipes.stages.recipe import Recipe, UserError
+from recipes.stages.run import environment, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train and answer under several backends, in turns, and compare."""
+
+    recipes: str = ",".join(NAMES)
+    """Which, with commas between them."""
+    backends: str = "unsloth,peft"
+    """What is compared, with commas; ratios are to the last of them. peft,peft is an A/A run."""
+    size: Literal["auto", "tiny", "small", "full"] = "auto"
+    """auto takes full where a GPU has room for it, else tiny."""
+    weights: Weights = "random"
+    """Random weights need no download, and are as fast and as large as published ones."""
+    phases: str = "train,generate"
+    """What is measured."""
+    steps: int = 16
+    """Training steps of each case."""
+    warmup: int = 3
+    """Steps that are not counted, beside the first, which is told apart: it compiles."""
+    repeats: int = 3
+    """How often each case is run; an interval needs two, a narrow one six."""
+    batch_size: int | None = None
+    """Instead of the recipe's."""
+    max_length: int | None = None
+    """Instead of the recipe's."""
+    new_tokens: int = 32
+    """Tokens of an answer whose speed is measured."""
+    native: bool = False
+    """Compare each backend at its own defaults instead of like with like; the report says so."""
+    case: Literal["grid", "ohlora-table"] = "grid"
+    """ohlora-table: 25 answers of 80 tokens, and 20 rows x 3 epochs at batch 4 and rank 64, on gemma2_2b_ohlora."""
+    limit: float = 1800.0
+    """Seconds after which a case is given up."""
+    seed: int | None = None
+    """Decides the order of the cases; drawn and recorded if not given."""
+    out: Path | None = None
+    """Folder of the results; a new one under runs/bench/ if not given."""
+    resume: Path | None = None
+    """Finish the sweep in this folder, with its own settings."""
+    json: bool = False
+    """Print summary.json to standard output, and everything else to standard error."""
+
+
+# What each library does if nobody tells it otherwise: the comparison that most published figures are.
+NATIVE: dict[str, tuple[str, ...]] = {
+    "unsloth": ("--quantization", "4bit", "--checkpointing"),
+    "peft+liger": ("--quantization", "none", "--no-checkpointing"),
+    "peft": ("--quantization", "none", "--no-checkpointing"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    args = tyro.cli(Compare, prog="python -m bench compare", args=arguments)
+    folder, args, seed, command = settle_folder(args, arguments)
+    recipes = named(args)
+    gpu = read_gpu()
+    sizes = {recipe.name: size_for(recipe, args, gpu) for recipe in recipes}
+    backends = checked(args.backends, BACKENDS, "--backends")
+    phases = checked(args.phases, ("train", "generate"), "--phases")
+    grid = Grid(
+        recipes, backends, args.repeats,
+        {(r.name, arm): flags(args, sizes[r.name], arm, b) for r in recipes for arm, b in arms(backends).items()},
+        phases, args.warmup, args.new_tokens, 25 if args.case == "ohlora-table" else 3,
+    )  # fmt: skip
+    skipped = obstacles(grid, sizes, gpu)
+    cases = grid.cases(seed)
+    write_json(folder / "environment.json", environment())
+    tell = progress(cases, folder, args.json)
+    try:
+        for _ in sweep(cases, folder, args.limit, skipped, tell):
+            pass
+    except KeyboardInterrupt:
+        print(f"\nstopped; to finish it: python -m bench compare --resume {folder}", file=sys.stderr)
+        raise
+    finally:
+        rows = list(finished(folder).values())
+        if rows:
+            summary = summarise(rows, command, seed, read_json(folder / "environment.json"), args.native, args.case)
+            report.write(folder, summary, rows)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    report.show(summary)
+    say(f"everything is in {folder}; to look at: {folder / 'report.html'}")
+
+
+def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, int, str]:
+    """A new folder with the settings written into it, or an old one's settings read from it."""
+    if args.resume is not None:
+        try:
+            plan = read_json(args.resume / "plan.json")
+        except FileNotFoundError:
+            raise UserError(f"--resume {args.resume}: no sweep was begun there") from None
+        return args.resume, replace(Compare(**plan["settings"]), json=args.json), plan["seed"], plan["command"]
+    if args.case == "ohlora-table":
+        args = replace(
+            args, recipes="gemma2_2b_ohlora", batch_size=4, steps=15, warmup=min(args.warmup, 3), new_tokens=80
+        )
+    if args.steps <= args.warmup + 1:
+        raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
+    folder = args.out or Path("runs/bench") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if (folder / "plan.json").is_file():
+        raise UserError(f"--out {folder}: there is a sweep already; finish it with --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    command = shlex.join(["python", "-m", "bench", "compare", *arguments])
+    stored = {**asdict(args), "out": None, "resume": None}
+    write_json(folder / "plan.json", {"command": command, "seed": seed, "settings": stored})
+    return folder, args, seed, command
+
+
+def checked(given: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in given.split(",") if part.strip())
+    for part in parts:
+        if part not in known:
+            raise UserError(f"{flag} {part!r}: unknown; there are {', '.join(known)}")
+    if not parts:
+        raise UserError(f"{flag}: name at least one of {', '.join(known)}")
+    return parts
+
+
+def named(args: Compare) -> list[Recipe]:
+    import importlib
+
+    return [
+        importlib.import_module(f"recipes.{name}").RECIPE for name in checked(args.recipes, tuple(NAMES), "--recipes")
+    ]
+
+
+def size_for(recipe: Recipe, args: Compare, gpu: Gpu | None) -> Literal["tiny", "small", "full"]:
+    if args.size != "auto":
+        return args.size
+    return "full" if gpu is not None and weights_bytes(recipe) * 1.5 + 3 * 2**30 < gpu.memory_bytes else "tiny"
+
+
+def weights_bytes(recipe: Recipe) -> float:
+    """About what the base weights take: enough to tell 24 GB from 8."""
+    c = architecture(recipe)
+    width, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    head = c.get("head_dim", width // heads)
+    attention = 2 * width * head * (heads + c.get("num_key_value_heads", heads))
+    layers = c["num_hidden_layers"] * (attention + 3 * width * inner)
+    embeddings = c["vocab_size"] * width * (1 if c.get("tie_word_embeddings", True) else 2)
+    return layers * (0.6 if recipe.settings.quantization == "4bit" else 2) + embeddings * 2
+
+
+def flags(args: Compare, size: str, arm: str, backend: BackendName) -> tuple[str, ...]:
+    """The recipe's train command for one arm. Nothing may end a training early, and validation is kept short: it is
+    not what is measured."""
+    found = ["--size", size, "--backend", backend, "--max-steps", str(args.steps), "--epochs", "100000"]
+    found += ["--early-stopping", "off", "--log-every", "1000000"]
+    if size == "full":
+        found += ["--weights", args.weights]
+    if args.batch_size is not None:
+        found += ["--batch-size", str(args.batch_size)]
+    if args.max_length is not None:
+        found += ["--max-length", str(args.max_length)]
+    if args.case == "ohlora-table":
+        found += ["--lora-rank", "64"]
+    return (*found, *(NATIVE[backend] if args.native else ()))
+
+
+def obstacles(grid: Grid, sizes: dict[str, Any], gpu: Gpu | None) -> dict[tuple[str, str], str]:
+    """(recipe, arm) -> why it cannot be measured here: a skipped row, never a number under another's name."""
+    found = {}
+    for recipe in grid.recipes:
+        kind = model_type(recipe, settle(recipe, sizes[recipe.name], "random"))
+        for arm, backend in arms(grid.backends).items():
+            why = why_not(backend, gpu, kind)
+            if why:
+                found[recipe.name, arm] = why
+    return found
+
+
+def progress(cases: list[Case], folder: Path, quiet: bool) -> Any:
+    """Tells what became of every case, and how long the rest will take."""
+    began, new = time.monotonic(), 0
+    there = len(finished(folder))
+    lines = 0
+
+    def tell(case: Case, row: dict[str, Any]) -> None:
+        nonlocal new, lines
+        lines += 1
+        new += lines > there
+        left = (time.monotonic() - began) / new * (len(cases) - lines) if new else 0
+        line = f"{lines:>3}/{len(cases)}  {case.recipe:<22} {case.arm:<11} #{case.repeat + 1}  {report.brief(row)}"
+        line += f"   {duration(left)} left" if left else ""
+        print(line, file=sys.stderr if quiet else sys.stdout, flush=True)
+
+    if shutil.disk_usage(folder).free < 2**30:
+        print(f"less than 1 GiB is free where {folder} is", file=sys.stderr)
+    return tell

@@ -1,0 +1,167 @@
+"""What a process and its GPU use, in bytes, seconds, joules and hertz."""
+
+import os
+import time
+from typing import Any
+
+from recipes.stages.train import memory_in_use
+
+
+class GpuMeter:
+    """One GPU as its driver sees it. Every reading is None where there is no GPU, or where it does not tell."""
+
+    def __init__(self, cuda: bool):
+        self.handle: Any = None
+        if cuda:
+            import pynvml
+
+            pynvml.nvmlInit()
+            visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0].strip()
+            self.handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+                if visible.isdigit()
+                else pynvml.nvmlDeviceGetHandleByUUID(visible)
+            )
+
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        if self.handle is None:
+            return None
+        import pynvml
+
+        try:
+            return getattr(pynvml, question)(self.handle, *arguments)
+        except pynvml.NVMLError:
+            return None
+
+    def process_bytes(self) -> int | None:
+        """This process's memory on the device, contexts and libraries included. A container may hide who is who; then
+        it is all that is in use, as told by device_bytes."""
+        for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or ():
+            if process.pid == os.getpid():
+                return process.usedGpuMemory
+        return None
+
+    def device_bytes(self) -> int | None:
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        return memory.used if memory else None
+
+    def joules(self) -> float | None:
+        """Since the driver was loaded."""
+        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return millijoules / 1000 if millijoules is not None else None
+
+    def clock_hertz(self) -> int | None:
+        megahertz = self._ask("nvmlDeviceGetClockInfo", 1)
+        return megahertz * 1_000_000 if megahertz is not None else None
+
+    def throttled(self) -> bool | None:
+        """Whether heat or power hold the clock down; an idle or a set clock is no fault."""
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        return bool(reasons & 0xEC) if reasons is not None else None
+
+
+class TrainingMeter:
+    """A trainer.Watch that keeps what it sees: when steps ended, what was in their batches, what was in use."""
+
+    def __init__(self, arm: str) -> None:
+        self.seconds: list[float] = []
+        self.batches: list[dict[str, Any]] = []
+        self.used: dict[str, Any] = {}
+        """What was in use at the last step, before the evaluation that follows it."""
+        self.joules: list[float | None] = []
+        self._gpu: GpuMeter | None = None
+        self._last = 0.0
+        # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
+        planted, _, share = os.environ.get("BENCH_PLANT_SLEEP", "").rpartition(":")
+        self._planted = float(share) if share and planted == arm else 0.0
+
+    def batch(self, batch: Any) -> None:
+        import hashlib
+
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        self.batches.append(
+            {
+                "hash": hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(),
+                "rows": len(ids),
+                "tokens": int(mask.sum()),
+                "padded_tokens": ids.numel(),
+            }
+        )
+
+    def begin(self, network: Any) -> None:
+        import torch
+
+        self._count(network)
+
+        cuda = torch.cuda.is_available()
+        self._gpu = GpuMeter(cuda)
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.joules.append(self._gpu.joules())
+        self._last = time.perf_counter()
+
+    def step(self) -> None:
+        assert self._gpu is not None
+        if self._planted:
+            time.sleep(self._planted * (time.perf_counter() - self._last))
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self.joules.append(self._gpu.joules())
+        self.used = self._memory()
+        self._last = time.perf_counter()
+
+    def _memory(self) -> dict[str, Any]:
+        assert self._gpu is not None
+        found = memory_in_use(self._gpu.handle is not None, peak=True)
+        return {
+            "peak_resident_bytes": found["resident"],
+            "peak_allocated_bytes": found.get("cuda_allocated"),
+            "peak_reserved_bytes": found.get("cuda_reserved"),
+            "device_process_bytes": self._gpu.process_bytes(),
+            "device_bytes": self._gpu.device_bytes(),
+            "clock_hertz": self._gpu.clock_hertz(),
+            "throttled": self._gpu.throttled(),
+        }
+
+    def resume(self) -> None:
+        self._last = time.perf_counter()
+
+    def flops(self, padded_tokens: int, supervised_tokens: int) -> float:
+        """Of a training step's matrix products: forward, and backward to the activations; the frozen weights get no
+        gradient, the LoRA matrices do. Recomputed activations do not count, nor does attention itself."""
+        return (
+            4.0 * self._frozen * padded_tokens + 6.0 * self._lora * padded_tokens + 4.0 * self._head * supervised_tokens
+        )
+
+    def _count(self, network: Any) -> None:
+        head = network.get_output_embeddings()
+        self._head = head.in_features * head.out_features
+        self._lora = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        # By shape: quantised weights are packed. LoRA's own layers are counted above.
+        self._frozen = sum(
+            module.in_features * module.out_features
+            for name, module in network.named_modules()
+            if hasattr(module, "in_features")
+            and "lora_" not in name
+            and module is not head
+            and "vision" not in name
+            and not hasattr(module, "base_layer")
+        )
+
+
+def matmul_flops_per_second(dtype: str, device: str, seconds: float = 0.3) -> float:
+    """What this device reaches in one large matrix product: the measure that a training step is held against."""
+    import torch
+
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    best, spent = float("inf"), 0.0
+    while spent < seconds:
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        best, spent = min(best, took), spent + took
+    return 2 * size**3 / best
