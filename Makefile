@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo setup test lint format lock clean
+.PHONY: demo setup test lint format lock figures clean
 
 demo: setup
 	$(BIN)/python -m recipes.gemma3_12b_opercode
@@ -32,6 +32,10 @@ format: setup
 
 lock: setup
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock
+
+# README's tables and picture, from results/.
+figures: setup
+	$(BIN)/python -m bench figures
 
 clean:
 	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

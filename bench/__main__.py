@@ -13,9 +13,12 @@ COMMANDS = {
     "report": ("results:report_command", "a comparison's report, written and shown again"),
     "diff": ("results:diff_command", "two comparisons: what became worse, and was it the code or the machine?"),
     "list": ("results:list_command", "the comparisons that are there"),
+    "trust": ("trust:main", "false alarms and misses of compare: equal arms, and a slow-down that was put there"),
+    "overhead": ("overhead:main", "what the trainer and bench cost beside the bare step"),
     "balance": ("balance:main", "which way of weighing rare classes wins"),
     "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
     "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
+    "figures": ("figures:main", "README's tables and picture, from results/"),
     "recipes": ("recipes:main", "every recipe from its sample to its evaluation, in one table"),
 }
 """Name -> where it is, and what it measures."""

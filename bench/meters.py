@@ -88,10 +88,10 @@ class TrainingMeter:
             }
         )
 
-    def begin(self, network: Any) -> None:
+    def begin(self, trainer: Any) -> None:
         import torch
 
-        self._count(network)
+        self._count(trainer.model)
 
         cuda = torch.cuda.is_available()
         self._gpu = GpuMeter(cuda)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, recipe
 
+from bench.figures import TABLES, fill
 from bench.statistics import mean_interval
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -88,7 +89,7 @@ def test_recipes(command: Command, tmp_path: Path) -> None:
 
 def test_an_unknown_measurement_or_way(command: Command) -> None:
     for arguments, message in (
-        (("speed",), "no measurement 'speed'; there are balance, classify, prepare, recipes"),
+        (("speed",), "no measurement 'speed'; there are compare, report, diff"),
         (("recipes", "--recipes", "luck"), "--recipes 'luck': unknown; there are gemma2_2b_ohlora"),
         (("balance", "--ways", "luck"), "--ways 'luck': unknown; there are 'cross-entropy'"),
     ):
@@ -107,9 +108,13 @@ def test_the_default_is_what_the_committed_comparison_says() -> None:
     assert not any(way["f1_macro"]["low"] > ours["high"] for way in ways.values())
 
 
-def test_readme_has_the_figures_of_the_results() -> None:
+def test_readme_has_the_figures_of_the_results(command: Command) -> None:
+    done = command("bench", "figures", "--check")
+    assert done.returncode == 0, done.stderr
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for way in json.loads((ROOT / "results/balance/summary.json").read_text())["ways"]:
-        (line,) = re.findall(rf"^\| {re.escape(way['way'])}(?: \(default\))? \|.*$", readme, re.M)
-        for name in ("f1_macro", "accuracy", "rare_recall"):
-            assert f"{way[name]['mean']:.3f} [{way[name]['low']:.3f}, {way[name]['high']:.3f}]" in line
+    assert set(re.findall(r"<!-- figures: (\w+) -->", readme)) == set(TABLES)
+    for name, table in TABLES.items():
+        assert len(table().splitlines()) > 4, name
+    broken = re.sub(r"0\.\d\d\d", "0.999", readme)
+    assert fill(broken) != broken
+    assert fill(broken).count("0.999") < broken.count("0.999")

@@ -226,19 +226,23 @@ def test_a_sweep(command: Command, tmp_path: Path) -> None:
     assert command("bench", "list", ".").stdout.startswith("found  4 measured, 2 not")
 
 
-def test_a_slow_down_of_one_arm_is_found(command: Command, tmp_path: Path) -> None:
-    """Ten times as slow, so that no noise of a test machine can hide it; bench trust measures the fine limit."""
-    done = command(
-        "bench", "compare", *SMALL, "--backends", "peft,peft", "--repeats", "2", "--phases", "train", "--json",
-        env={"BENCH_PLANT_SLEEP": "peft #2:9"},
-    )  # fmt: skip
+def test_a_slow_down_of_one_arm_is_found(command: Command) -> None:
+    """Ten times as slow, so that no noise of a test machine can hide it; the fine limit is what bench trust measures."""
+    done = command("bench", "trust", "--runs", "1", "--repeats", "2", "--steps", "5", "--planted", "9", "--json")
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)["recipes"]
-    (comparison,) = found["comparisons"]
-    assert (comparison["arm"], comparison["baseline"]) == ("peft", "peft #2")
-    assert comparison["train"]["step_seconds_median"]["value"] < 0.4
-    assert comparison["same_training"]["same"]
-    assert "generate" not in found["arms"][0] or not found["arms"][0]["generate"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["found"] == 1
+    ((equal,), (planted,)) = found["comparisons"].values()
+    assert equal["pairs"] == planted["pairs"] == 2
+    assert planted["value"] > 3 > equal["value"]
+
+
+def test_what_the_trainer_costs_beside_the_bare_step(command: Command) -> None:
+    done = command("bench", "overhead", "--recipe", "gemma3_12b_opercode", "--size", "tiny", "--steps", "7", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["step_seconds"]) == len(found["bare_step_seconds"]) == 3
+    assert found["ratio"] > 0
 
 
 def test_a_case_that_takes_too_long_is_a_row(command: Command, tmp_path: Path) -> None:

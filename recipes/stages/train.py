@@ -391,6 +391,7 @@ def train(
             on_validation,
         )
         stop = StopEarly(early, settings.log_every) if early else None
+        watched = Watched(watch) if watch else None
         trainer = RecipeTrainer(
             sampler=Drawn(classes, drawn, settings.seed),
             objective=objective,
@@ -401,9 +402,11 @@ def train(
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
             data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3", watch),
-            callbacks=[record, checks, *([stop] if stop else []), *([Watched(watch)] if watch else [])],
+            callbacks=[record, checks, *([stop] if stop else []), *([watched] if watched else [])],
         )
         record.trainer = trainer
+        if watched:
+            watched.trainer = trainer
         loaded = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()

@@ -55,7 +55,7 @@ class Watch(Protocol):
     def batch(self, batch: dict[str, torch.Tensor]) -> None:
         """A batch was put together. The data loader may be one ahead of the training."""
 
-    def begin(self, network: Any) -> None:
+    def begin(self, trainer: "RecipeTrainer") -> None:
         """The first step is about to be taken."""
 
     def step(self) -> None:
@@ -70,9 +70,11 @@ class Watched(TrainerCallback):
 
     def __init__(self, watch: Watch):
         self.watch = watch
+        self.trainer: RecipeTrainer | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.watch.begin(model)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.trainer is not None
+        self.watch.begin(self.trainer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:

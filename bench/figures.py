@@ -1,0 +1,142 @@
+"""The tables and the picture in README, made from the files under results/: python -m bench figures.
+
+A table stands between <!-- figures: NAME --> and <!-- end -->; what is between them is never written by hand.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench import report
+from bench.recipes import table
+from recipes.stages.console import say
+from recipes.stages.recipe import UserError
+from recipes.stages.run import read_json, write_whole
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+REFERENCE = RESULTS / "cpu-2core"
+PICTURE = REFERENCE / "compare.png"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Write README's tables and picture again."""
+
+    check: bool = False
+    """Only say whether README is what results/ says; exit with an error if it is not."""
+
+
+def main(arguments: list[str]) -> None:
+    args = tyro.cli(Figures, prog="python -m bench figures", args=arguments)
+    file = ROOT / "README.md"
+    now = file.read_text(encoding="utf-8")
+    filled = fill(now)
+    if args.check:
+        if filled != now:
+            raise UserError("README.md is not what results/ says; write it with python -m bench figures")
+        return
+    if REFERENCE.is_dir():
+        picture(read_json(REFERENCE / "summary.json"), PICTURE)
+    write_whole(file, filled)
+    say(f"{file.name}: {', '.join(TABLES)}")
+
+
+def fill(text: str) -> str:
+    """The text with every table in place."""
+
+    def one(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise UserError(f"README.md asks for the table {name!r}; there are {', '.join(TABLES)}")
+        return f"<!-- figures: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", one, text, flags=re.S)
+
+
+def balance() -> str:
+    def cell(of: dict[str, float]) -> str:
+        return f"{of['mean']:.3f} [{of['low']:.3f}, {of['high']:.3f}]"
+
+    ways = read_json(RESULTS / "balance" / "summary.json")["ways"]
+    lines = []
+    for way in sorted(ways, key=lambda way: -way["f1_macro"]["mean"]):
+        name = way["way"] + " (default)" * (way["way"] == "sqrt sampler")
+        lines.append([name, *(cell(way[score]) for score in ("f1_macro", "accuracy", "rare_recall"))])
+    return report.markdown(["way", "macro F1", "accuracy", "recall of the rarer half"], lines)
+
+
+def classify() -> str:
+    found = read_json(RESULTS / "classify.json")
+    rates, valid = found["payments_per_second"], found["valid"]
+    named = {
+        "one_at_a_time": "one at a time with generate() and a regular expression",
+        "batched": "batched generate()",
+        "tree": "over the tree of codes, with every probability",
+        "bound": "the bound: one forward pass over the payments' own tokens",
+    }
+    lines = [[what, f"{rates[n]:.1f}", f"{valid[n]:.0%}" if n in valid else ""] for n, what in named.items()]
+    told = (
+        f"The tree is {found['ratio_to_one_at_a_time']:.1f} times as fast as one at a time, "
+        f"{found['ratio_to_batched']:.2f} times batched generation and {found['ratio_to_bound']:.2f} of the bound "
+        f"(medians of the rounds' ratios); it looked into {found['expansions']:.1f} branches per payment."
+    )
+    return report.markdown(["way", "payments/s", "valid codes"], lines) + "\n\n" + told
+
+
+def recipes() -> str:
+    return table(read_json(RESULTS / "recipes_tiny.json")["recipes"])
+
+
+def compare() -> str:
+    summary = read_json(REFERENCE / "summary.json")
+    lines = []
+    for recipe in summary["recipes"]:
+        arms = {arm["arm"]: arm for arm in recipe["arms"]}
+        for comparison in recipe["comparisons"]:
+            rates = [
+                f"{arms[arm]['train']['tokens_per_second']:,.0f}" for arm in (comparison["arm"], comparison["baseline"])
+            ]
+            used = report.memory(comparison)
+            pace, memory = report.said(report.speed(comparison)), report.said(used[1] if used else None)
+            lines.append(
+                [f"{recipe['recipe']}, {recipe['size']}", *rates, pace, memory, report.equivalence(comparison)]
+            )
+    header = ["recipe, size", "unsloth, tokens/s", "peft, tokens/s", "speed", "peak memory", "training"]
+    env = summary["environment"]
+    return (
+        report.markdown(header, lines) + f"\n\n{env['processor']}, {env['cores']} cores, no GPU: `{summary['command']}`"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "balance": balance, "classify": classify, "recipes": recipes, "compare": compare,
+}  # fmt: skip
+
+
+def picture(summary: dict[str, Any], file: Path) -> None:
+    """How many times as fast and as large the arm is as its baseline, with intervals; 1 is no difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [(r["recipe"], c) for r in reversed(summary["recipes"]) for c in r["comparisons"]]
+    panes = (("training speed", report.speed), ("peak memory", lambda c: (report.memory(c) or ("", None))[1]))
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.5 * len(found) + 1.3), sharey=True, layout="constrained")
+    for axis, (title, ratio_of) in zip(axes, panes, strict=True):
+        axis.axvline(1, color="0.6", linewidth=1)
+        for row, (_, comparison) in enumerate(found):
+            ratio = ratio_of(comparison)
+            if ratio:
+                reach = [[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]]
+                axis.errorbar(ratio["value"], row, xerr=reach, fmt="o", capsize=4, color="#0b6bcb")
+        axis.set_title(f"{title}, Unsloth / PEFT", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(found)), [name for name, _ in found])
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
