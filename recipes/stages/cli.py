@@ -13,7 +13,7 @@ import tyro
 
 from fallback.choose import Backend, CannotRun, Choice, choose
 from fallback.gpu import Gpu, read_gpu
-from recipes.stages import chat, evaluate, history, predict, prepare, stats, train
+from recipes.stages import chat, evaluate, history, plan, predict, prepare, stats, train
 from recipes.stages.base_model import (
     Chosen,
     ensure_files,
@@ -113,6 +113,21 @@ class Train(Generic[Options, Balancing]):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Calculate parameters, steps and memory of a full-size training, before any download."""
+
+    settings: Settings
+    rows: int = 10_000
+    """Training examples."""
+    gpu: tuple[str, ...] = ()
+    """Cards to ask for, by name or memory, as in --gpu "RTX 4090" 12GB; without it this machine's, else usual ones."""
+    preset: str | None = None
+    """As for train."""
+    json: bool = False
+    """Print it as JSON."""
+
+
+@dataclass(frozen=True)
 class Runs:
     """A table of all runs of this recipe: settings, loss, metrics, time."""
 
@@ -204,6 +219,7 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
         "train": (Train, train_command),
         "evaluate": (Evaluate, evaluate_command),
         "predict": (Predict, predict_command),
+        "plan": (Plan, plan_command),
         "runs": (Runs, runs_command),
         "stats": (Stats, stats_command),
     }
@@ -471,6 +487,20 @@ def memory_command(recipe: Recipe, given: list[str]) -> None:
         for place, (score, item) in enumerate(memory.ranked(question)[:5]):
             used = "  <- put before the question" if not place and score >= args.recall.memory_threshold else ""
             say(f"  {score:.2f}  {item}{used}")
+
+
+def plan_command(recipe: Recipe, given: list[str]) -> None:
+    settings, preset = settings_in_force(recipe, [*given, "--size", "full"])
+    args = parse(recipe, "plan", Plan, given, Plan(settings, preset=preset))
+    here = read_gpu()
+    gpus = [plan.card(name) for name in args.gpu] or ([here] if here else [plan.card(name) for name in plan.CARDS])
+    with tempfile.TemporaryDirectory() as folder, held_back(Path(folder) / "libraries.log"):
+        planned = plan.plan(recipe, args.settings, args.rows)
+        if args.json:
+            say(json.dumps(plan.as_json(planned, args.settings, gpus)))
+        else:
+            remedy = less_memory(recipe, args.settings, args.preset).partition(": ")[2]
+            plan.tell(recipe, args.settings, args.rows, planned, gpus, remedy)
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:
