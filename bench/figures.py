@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from bench import report
+from bench.prepare import WRITERS
 from bench.recipes import table
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
@@ -88,6 +89,18 @@ def classify() -> str:
     return report.markdown(["way", "payments/s", "valid codes"], lines) + "\n\n" + told
 
 
+def prepare() -> str:
+    found = read_json(RESULTS / "prepare.json")
+    lines = [["prepare", f"{found['prepare_seconds']:.2f} s", ""]]
+    for kind, what in WRITERS.items():
+        lines.append([what, f"{found[f'{kind}_seconds']:.2f} s", f"{found[f'ratio_to_{kind}']:.2f}"])
+    told = (
+        f"{found['rows']:,} rows, {found['output_bytes'] / 1e6:.0f} MB written, at most "
+        f"{found['prepare_peak_resident_bytes'] / 1e6:.0f} MB of memory."
+    )
+    return report.markdown(["", "time", "prepare takes so many times as long"], lines) + "\n\n" + told
+
+
 def recipes() -> str:
     return table(read_json(RESULTS / "recipes_tiny.json")["recipes"])
 
@@ -114,7 +127,7 @@ def compare() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "balance": balance, "classify": classify, "recipes": recipes, "compare": compare,
+    "balance": balance, "classify": classify, "prepare": prepare, "recipes": recipes, "compare": compare,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
         row |= {**_reason(status, tail, limit_seconds), "tail": tail}
     # Adapters of measurements are of no use to anybody.
     shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.parent.rmdir()
     return row
 
 

@@ -1,8 +1,9 @@
 """Preparing a bank's export against writing the same bytes: time, ratio and memory.
 
 Every repetition is a process of its own; the two kinds take turns. Timed is the work itself, without the
-interpreter's start. The baseline has all lines in memory and writes them with one write() each; what a single
-write() of each whole file takes is told beside it, and is what the disk and the page cache can do at best.
+interpreter's start. The baselines have all lines in memory and write them with one write() each: as text, which is
+what open() gives, and as bytes. What a single write() of each whole file takes is told beside them, and is what the
+disk and the page cache can do at best.
 """
 
 import json
@@ -27,6 +28,13 @@ from recipes.samples.payments import write_csv
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import environment
+
+WRITERS = {
+    "write_text": "write(), a line of text",
+    "write_lines": "write(), a line of bytes",
+    "write_files": "write(), a whole file",
+}
+"""What the preparation is held against."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
         source = Path(folder) / "payments.csv"
         write_csv(source, args.rows, args.classes)
-        kinds = ("prepare", "write_lines", "write_files")
+        kinds = ("prepare", *WRITERS)
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for _ in range(args.repeats):
             for kind in kinds:
@@ -68,10 +76,8 @@ def main(arguments: list[str]) -> None:
         "source_bytes": source_bytes,
         "output_bytes": found["prepare"][0]["bytes"],
         "prepare_seconds": median(seconds["prepare"]),
-        "write_lines_seconds": median(seconds["write_lines"]),
-        "write_files_seconds": median(seconds["write_files"]),
-        "ratio_to_writing_lines": median(_ratios(seconds["prepare"], seconds["write_lines"])),
-        "ratio_to_writing_files": median(_ratios(seconds["prepare"], seconds["write_files"])),
+        **{f"{kind}_seconds": median(seconds[kind]) for kind in WRITERS},
+        **{f"ratio_to_{kind}": median(_ratios(seconds["prepare"], seconds[kind])) for kind in WRITERS},
         "prepare_peak_resident_bytes": max(int(run["resident"]) for run in found["prepare"]),
         "seconds": seconds,
     }
@@ -79,18 +85,14 @@ def main(arguments: list[str]) -> None:
         return
     say(f"{args.rows:,} rows, {source_bytes / 1e6:.1f} MB in, {summary['output_bytes'] / 1e6:.1f} MB out")
     say(f"  prepare                   {summary['prepare_seconds']:.3f} s")
-    say(f"  write(), a line each      {summary['write_lines_seconds']:.3f} s   ratio {_told(summary, 'lines')}")
-    say(f"  write(), a file each      {summary['write_files_seconds']:.3f} s   ratio {_told(summary, 'files')}")
+    for kind, what in WRITERS.items():
+        say(f"  {what:<25} {summary[f'{kind}_seconds']:.3f} s   ratio {summary[f'ratio_to_{kind}']:.2f}")
     say(f"  peak resident memory      {summary['prepare_peak_resident_bytes'] / 1e6:.0f} MB")
     say(f"medians of {args.repeats}; ratios are medians of the pairs' ratios")
 
 
 def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
-
-
-def _told(summary: dict[str, Any], what: str) -> str:
-    return f"{summary[f'ratio_to_writing_{what}']:.2f}"
 
 
 def one(kind: str, source: Path, run: Path) -> dict[str, float]:
@@ -113,16 +115,25 @@ def worker(kind: str, source: str, run: str) -> None:
         prepare(RECIPE, Path(source), RECIPE.options, 42, Path(run), RECIPE.settings.max_length, quiet=True)
     else:
         files = [path for path in (Path(run) / "data").iterdir() if path.suffix in (".csv", ".jsonl")]
-        contents = [(path.name, path.read_bytes()) for path in files]
-        parts = [(name, c.splitlines(keepends=True) if kind == "write_lines" else [c]) for name, c in contents]
+        parts = [(path.name, pieces(path, kind)) for path in files]
         target = Path(run) / "written"
         target.mkdir(exist_ok=True)
+        text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
+        how: dict[str, Any] = text if kind == "write_text" else {"mode": "wb"}
         began = time.perf_counter()
         for name, lines in parts:
-            with (target / name).open("wb") as file:
+            with (target / name).open(**how) as file:
                 for line in lines:
                     file.write(line)
     seconds = time.perf_counter() - began
     written = sum(os.path.getsize(p) for p in (Path(run) / "data").iterdir() if p.suffix in (".csv", ".jsonl"))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "bytes": written, "resident": resident}))
+
+
+def pieces(path: Path, kind: str) -> list[Any]:
+    """What goes into one write()."""
+    if kind == "write_files":
+        return [path.read_bytes()]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [line.decode("utf-8") for line in lines] if kind == "write_text" else lines

@@ -51,7 +51,9 @@ def said(ratio: dict[str, Any] | None) -> str:
         return ""
     if ratio["pairs"] < 2:
         return f"x {ratio['value']:.2f}, one pair says nothing of chance"
-    interval = f"x {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    # Where an interval is as narrow as its distance from 1, two digits would hide both.
+    digits = 3 if max(abs(ratio[end] - 1) for end in ("low", "high")) < 0.05 else 2
+    interval = "x {value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(**ratio, digits=digits)
     return interval if ratio["differs"] else f"{interval}, no difference shown"
 
 

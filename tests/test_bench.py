@@ -30,7 +30,9 @@ def test_prepare(command: Command) -> None:
     assert found["rows"] == 3000
     assert found["output_bytes"] > found["source_bytes"]
     assert len(found["seconds"]["prepare"]) == 2
-    assert found["ratio_to_writing_lines"] > 0
+    for kind in ("write_text", "write_lines", "write_files"):
+        assert len(found["seconds"][kind]) == 2
+        assert found[f"ratio_to_{kind}"] > 0
     assert 10e6 < found["prepare_peak_resident_bytes"] < 450e6
 
 

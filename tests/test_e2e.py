@@ -107,6 +107,34 @@ def test_opercode_learns(backend: str, folder: Path) -> None:
     assert json.loads((run / "evaluation_results.json").read_text())["accuracy"] >= 0.85
 
 
+def test_confidence_is_calibrated_on_what_answering_computes(folder: Path) -> None:
+    """The temperature of the training against one fitted to the probabilities of predict."""
+    run, _ = finished(folder, LEARNS, "peft")
+    code = f"""
+from pathlib import Path
+from recipes.gemma3_12b_opercode import RECIPE, OperCodeClassifier
+from recipes.stages import train
+from recipes.stages.confidence import fit_temperature
+from recipes.stages.run import Run
+run = Path({str(run)!r})
+items = train.examples(RECIPE, Run(run), "val")
+log_p, known = OperCodeClassifier(run).log_probabilities([item.prompt for item in items])
+names = list(known.train_rows)
+right = [names[best] == item.answer for best, item in zip(log_p.argmax(1), items)]
+print(fit_temperature(log_p, right), known.temperature)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    again, saved = map(float, done.stdout.split())
+    assert again == pytest.approx(saved, rel=0.05)
+
+
 def test_the_losses_of_a_backend_are_its_own(folder: Path) -> None:
     """What makes the comparison above worth something: the processes really differ."""
     need("unsloth", "llama_1b_civil")

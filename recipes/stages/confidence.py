@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 # Codes below this share of the probability are scaled as one: what a confidence is must not depend on how many of
-# the unlikely codes the scoring happened to look at, which is fewer in validation than in answering.
+# the unlikely codes the scoring happened to look at.
 FLOOR = 0.01
 _SHARES = [share / 20 for share in range(20, 0, -1)]
 

@@ -227,8 +227,8 @@ class ClassValidation:
         codes = Codes(self.model.renderer, self.train_rows)
         true = [example.answer for example in self.items]
         prompts = [example.prompt for example in self.items]
-        # Early in training the probability lies everywhere, and its last hundredth would cost more than all the rest.
-        log_p = score(self.model, codes, prompts, self.max_length, tolerance=0.01, include=true).log_p
+        # As exact as answering will be: a temperature fitted to rougher probabilities was off by half.
+        log_p = score(self.model, codes, prompts, self.max_length, include=true).log_p
         predicted = [codes.names[i] for i in log_p.argmax(axis=1)]
         of_true = log_p[np.arange(len(true)), [codes.index[name] for name in true]]
         correct = np.array([t == p for t, p in zip(true, predicted, strict=True)])
