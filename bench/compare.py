@@ -21,8 +21,9 @@ import tyro
 
 from bench import report
 from bench.case import Case, Grid, arms
-from bench.launch import finished, sweep
+from bench.launch import finished, make_ready, sweep
 from bench.recipes import NAMES
+from bench.results import changes
 from bench.summary import summarise
 from fallback.choose import BACKENDS, BackendName, why_not
 from fallback.gpu import Gpu, read_gpu
@@ -61,7 +62,8 @@ class Compare:
     native: bool = False
     """Compare each backend at its own defaults instead of like with like; the report says so."""
     case: Literal["grid", "ohlora-table"] = "grid"
-    """ohlora-table: 25 answers of 80 tokens, and 20 rows x 3 epochs at batch 4 and rank 64, on gemma2_2b_ohlora."""
+    """ohlora-table: gemma2_2b_ohlora, 25 answers of 80 tokens, and 15 steps of batch 4 at rank 64: as many as 20 rows
+    make in 3 epochs."""
     limit: float = 1800.0
     """Seconds after which a case is given up."""
     seed: int | None = None
@@ -84,10 +86,10 @@ NATIVE: dict[str, tuple[str, ...]] = {
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Compare, prog="python -m bench compare", args=arguments)
-    folder, args, seed, command = settle_folder(args, arguments)
+    folder, args, seed = settle_folder(args, arguments)
     recipes = named(args)
     gpu = read_gpu()
-    sizes = {recipe.name: size_for(recipe, args, gpu) for recipe in recipes}
+    sizes = read_json(folder / "plan.json").get("sizes") or {r.name: size_for(r, args, gpu) for r in recipes}
     backends = checked(args.backends, BACKENDS, "--backends")
     phases = checked(args.phases, ("train", "generate"), "--phases")
     grid = Grid(
@@ -97,7 +99,10 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     skipped = obstacles(grid, sizes, gpu)
     cases = grid.cases(seed)
-    write_json(folder / "environment.json", environment())
+    same_machine(folder, sizes)
+    for recipe in recipes:
+        if any((recipe.name, arm) not in skipped for arm in arms(backends)) and args.weights == "random":
+            make_ready(recipe.name, sizes[recipe.name], args.weights)
     tell = progress(cases, folder, args.json)
     try:
         for _ in sweep(cases, folder, args.limit, skipped, tell):
@@ -108,7 +113,7 @@ def main(arguments: list[str]) -> None:
     finally:
         rows = list(finished(folder).values())
         if rows:
-            summary = summarise(rows, command, seed, read_json(folder / "environment.json"), args.native, args.case)
+            summary = summarise(rows, read_json(folder / "plan.json"), read_json(folder / "environment.json"))
             report.write(folder, summary, rows)
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
@@ -117,18 +122,20 @@ def main(arguments: list[str]) -> None:
     say(f"everything is in {folder}; to look at: {folder / 'report.html'}")
 
 
-def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, int, str]:
+def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, int]:
     """A new folder with the settings written into it, or an old one's settings read from it."""
     if args.resume is not None:
         try:
             plan = read_json(args.resume / "plan.json")
         except FileNotFoundError:
             raise UserError(f"--resume {args.resume}: no sweep was begun there") from None
-        return args.resume, replace(Compare(**plan["settings"]), json=args.json), plan["seed"], plan["command"]
+        return args.resume, replace(Compare(**plan["settings"]), json=args.json), plan["seed"]
     if args.case == "ohlora-table":
         args = replace(
             args, recipes="gemma2_2b_ohlora", batch_size=4, steps=15, warmup=min(args.warmup, 3), new_tokens=80
         )
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: every case is run at least once")
     if args.steps <= args.warmup + 1:
         raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
     folder = args.out or Path("runs/bench") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -139,7 +146,22 @@ def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, i
     command = shlex.join(["python", "-m", "bench", "compare", *arguments])
     stored = {**asdict(args), "out": None, "resume": None}
     write_json(folder / "plan.json", {"command": command, "seed": seed, "settings": stored})
-    return folder, args, seed, command
+    return folder, args, seed
+
+
+def same_machine(folder: Path, sizes: dict[str, Any]) -> None:
+    """Write down where a sweep runs, or refuse to go on with it elsewhere: rows of two machines, or of two versions of
+    the code, are no pairs."""
+    now, file = environment(), folder / "environment.json"
+    if file.is_file():
+        changed = [part for parts in changes(read_json(file), now).values() for part in parts if "->" in part]
+        if changed:
+            raise UserError(
+                f"--resume {folder}: begun under other conditions ({'; '.join(changed)}); begin a new sweep"
+            )
+        return
+    write_json(file, now)
+    write_json(folder / "plan.json", {**read_json(folder / "plan.json"), "sizes": sizes})
 
 
 def checked(given: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:
@@ -178,8 +200,7 @@ def weights_bytes(recipe: Recipe) -> float:
 
 
 def flags(args: Compare, size: str, arm: str, backend: BackendName) -> tuple[str, ...]:
-    """The recipe's train command for one arm. Nothing may end a training early, and validation is kept short: it is
-    not what is measured."""
+    """The recipe's train command for one arm. Nothing may end a training early; validation comes once, after it."""
     found = ["--size", size, "--backend", backend, "--max-steps", str(args.steps), "--epochs", "100000"]
     found += ["--early-stopping", "off", "--log-every", "1000000"]
     if size == "full":

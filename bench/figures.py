@@ -145,7 +145,7 @@ def picture(summary: dict[str, Any], file: Path) -> None:
         axis.axvline(1, color="0.6", linewidth=1)
         for row, (_, comparison) in enumerate(found):
             ratio = ratio_of(comparison)
-            if ratio:
+            if ratio and ratio["low"] is not None:
                 reach = [[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]]
                 axis.errorbar(ratio["value"], row, xerr=reach, fmt="o", capsize=4, color="#0b6bcb")
         axis.set_title(f"{title}, Unsloth / PEFT", fontsize=10)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from recipes.stages.recipe import UserError
 from recipes.stages.run import read_json, read_jsonl, write_json
 
 TAIL = 15
@@ -47,7 +48,8 @@ def sweep(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for case in cases:
         row = there.get(case.key)
-        if row is None:
+        # What could not be measured may be measurable by now.
+        if row is None or row["status"] != "measured":
             why = skipped.get((case.recipe, case.arm))
             if why:
                 row = {**_key(case), "status": "skipped", "reason": why}
@@ -85,14 +87,15 @@ def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            if child.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            child.wait()
     row: dict[str, Any] = {**_key(case), "flags": list(case.flags), "seconds": round(time.perf_counter() - began, 2)}
     if status == 0:
         row |= {"status": "measured", **read_json(work / "out.json")}
     else:
-        tail = _CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace")).strip().splitlines()[-TAIL:]
+        libraries = work / "run" / "logs" / "libraries.log"
+        tail = [line for file in (libraries, log) for line in _tail(file)]
         row |= {**_reason(status, tail, limit_seconds), "tail": tail}
     # Adapters of measurements are of no use to anybody.
     shutil.rmtree(work, ignore_errors=True)
@@ -101,12 +104,28 @@ def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
     return row
 
 
+def _tail(log: Path) -> list[str]:
+    if not log.is_file():
+        return []
+    return _CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace")).strip().splitlines()[-TAIL:]
+
+
+def make_ready(recipe: str, size: str, weights: str) -> None:
+    """Make a random model's files in a process of its own, before anything is measured."""
+    command = [sys.executable, "-m", "bench.worker", "--ready", recipe, size, weights]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{recipe}, size {size}: its model could not be made: {(done.stderr.splitlines() or [''])[-1]}")
+
+
 def _reason(status: int | None, tail: list[str], limit_seconds: float) -> dict[str, str]:
     if status is None:
         return {"status": "timed out", "reason": f"not done within {limit_seconds:.0f} s"}
     last = tail[-1] if tail else f"exit status {status}"
     if status == -signal.SIGKILL:
         return {"status": "out of memory", "reason": "killed by the system, most likely for its memory"}
+    if status < 0 and status != -signal.SIGKILL:
+        return {"status": "failed", "reason": f"killed by {signal.Signals(-status).name}; its last words: {last}"}
     if any("OutOfMemoryError" in line or "out of memory" in line.lower() for line in tail):
         return {"status": "out of memory", "reason": last}
     return {"status": "failed", "reason": last}

@@ -55,9 +55,10 @@ class GpuMeter:
         return megahertz * 1_000_000 if megahertz is not None else None
 
     def throttled(self) -> bool | None:
-        """Whether heat or power hold the clock down; an idle or a set clock is no fault."""
+        """Whether heat or a failing supply hold the clock down. An idle or a set clock is no fault, and under full load
+        neither is the card's own power limit."""
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
-        return bool(reasons & 0xEC) if reasons is not None else None
+        return bool(reasons & 0xE8) if reasons is not None else None
 
 
 class TrainingMeter:
@@ -67,8 +68,10 @@ class TrainingMeter:
         self.seconds: list[float] = []
         self.batches: list[dict[str, Any]] = []
         self.used: dict[str, Any] = {}
-        """What was in use at the last step, before the evaluation that follows it."""
+        """What was in use at the last step; the only evaluation comes after it."""
         self.joules: list[float | None] = []
+        self.throttled: list[bool | None] = []
+        self.parts: list[int] = []
         self._gpu: GpuMeter | None = None
         self._last = 0.0
         # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
@@ -92,6 +95,7 @@ class TrainingMeter:
         import torch
 
         self._count(trainer.model)
+        self.parts = trainer.parts
 
         cuda = torch.cuda.is_available()
         self._gpu = GpuMeter(cuda)
@@ -108,6 +112,7 @@ class TrainingMeter:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self.joules.append(self._gpu.joules())
+        self.throttled.append(self._gpu.throttled())
         self.used = self._memory()
         self._last = time.perf_counter()
 
@@ -121,7 +126,6 @@ class TrainingMeter:
             "device_process_bytes": self._gpu.process_bytes(),
             "device_bytes": self._gpu.device_bytes(),
             "clock_hertz": self._gpu.clock_hertz(),
-            "throttled": self._gpu.throttled(),
         }
 
     def resume(self) -> None:

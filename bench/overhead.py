@@ -2,8 +2,9 @@
 
     python -m bench overhead
 
-In one process and in turns: after every step of a training that bench measures, the same batch goes through a loop
-that has nothing but loss, backward, clipping and optimiser.
+In one process and in turns: after every step of a training that bench measures, the same batches go through a loop
+that has nothing but TRL's loss, backward, clipping and torch's AdamW. What is told is what the trainer, its callbacks,
+the data loader and the measuring add to that.
 """
 
 import shlex
@@ -53,7 +54,7 @@ class Beside(TrainingMeter):
         self.bare: list[float] = []
         self.trainer: Any = None
         self.optimizer: Any = None
-        self.order: list[int] = []
+        self.kept: list[Any] = []
 
     def begin(self, trainer: Any) -> None:
         import torch
@@ -62,8 +63,11 @@ class Beside(TrainingMeter):
         learned = [p for p in trainer.model.parameters() if p.requires_grad]
         # No step of it moves anything: the training beside it should not notice.
         self.optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0)
-        self.order = list(trainer.sampler)
         super().begin(trainer)
+
+    def batch(self, batch: Any) -> None:
+        super().batch(batch)
+        self.kept.append(batch)
 
     def step(self) -> None:
         super().step()
@@ -78,12 +82,8 @@ class Beside(TrainingMeter):
         from recipes.stages.trainer import supervised
 
         trainer, args = self.trainer, self.trainer.args
-        rows = args.per_device_train_batch_size
-        at = len(self.bare) * rows * args.gradient_accumulation_steps
-        batches = []
-        for part in range(args.gradient_accumulation_steps):
-            some = [self.order[(at + part * rows + i) % len(self.order)] for i in range(rows)]
-            batches.append(self.collate([trainer.train_dataset[i] for i in some]))
+        parts = self.parts[len(self.bare)]
+        batches, self.kept = self.kept[:parts], self.kept[parts:]
         count = sum(int(supervised(batch).sum()) for batch in batches)
         if trainer.objective is not None:
             masses = [trainer.objective.mass(supervised(batch), batch["class"]) for batch in batches]
@@ -96,14 +96,6 @@ class Beside(TrainingMeter):
         self.optimizer.zero_grad()
         if trainer.model.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def collate(self, examples: list[Any]) -> Any:
-        collator = self.trainer.data_collator
-        collator.watch, watch = None, collator.watch
-        try:
-            return collator(examples)
-        finally:
-            collator.watch = watch
 
 
 def main(arguments: list[str]) -> None:

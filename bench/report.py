@@ -12,7 +12,8 @@ from recipes.stages.run import write_json, write_whole
 
 MEMORY = ("peak_allocated_bytes", "device_process_bytes", "peak_resident_bytes")
 """Peak memory, the first of these that was measured."""
-# Table rows: (phase, value, title, how it is written, whether the ratio is turned so that more is faster).
+# Table rows: (phase, value, title, how it is written). Their ratios are as measured; a sentence about speed turns the
+# step time's round.
 LINES = (
     ("train", "step_seconds_median", "training step", "seconds"),
     ("train", "tokens_per_second", "training, real tokens/s", "count"),
@@ -62,7 +63,8 @@ def speed(comparison: dict[str, Any]) -> dict[str, Any] | None:
     ratio = comparison["train"].get("step_seconds_median")
     if ratio is None:
         return None
-    turned = {"value": 1 / ratio["value"], "low": 1 / ratio["high"], "high": 1 / max(ratio["low"], 1e-12)}
+    low, high = (1 / ratio[end] if ratio[end] is not None else None for end in ("high", "low"))
+    turned = {"value": 1 / ratio["value"], "low": low, "high": high}
     return {**ratio, **turned}
 
 

@@ -66,8 +66,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = list(finished(folder).values())
     if not rows:
         raise UserError(f"{folder}: nothing was measured yet; finish it with bench compare --resume {folder}")
-    settings = plan["settings"]
-    return summarise(rows, plan["command"], plan["seed"], environment, settings["native"], settings["case"]), rows
+    return summarise(rows, plan, environment), rows
 
 
 def report_command(arguments: list[str]) -> None:
@@ -98,7 +97,7 @@ def diff_command(arguments: list[str]) -> None:
     changed = changes(before["environment"], after["environment"])
     lines = differences(old_rows, new_rows, args.tolerance)
     if not lines:
-        raise UserError(f"{args.before} and {args.after} have no recipe and arm in common that both measured")
+        raise UserError(f"{args.before} and {args.after} measured no recipe and arm with the same flags")
     regressions = [line for line in lines if line["regression"]]
     if args.json:
         print(json.dumps({"changed": changed, "differences": lines}, ensure_ascii=False))
@@ -147,7 +146,14 @@ def differences(
         return [row[phase][name] for row in mine if row.get(phase, {}).get(name)]
 
     found = []
+
+    def flags(rows: Sequence[dict[str, Any]], recipe: str, arm: str) -> set[tuple[str, ...]]:
+        return {tuple(row.get("flags", ())) for row in rows if (row["recipe"], row["arm"]) == (recipe, arm)}
+
     for recipe, arm in sorted({(row["recipe"], row["arm"]) for row in before}):
+        # Another size or batch is another measurement.
+        if flags(before, recipe, arm) != flags(after, recipe, arm):
+            continue
         for phase, name in WATCHED:
             old, new = (values(rows, recipe, arm, phase, name) for rows in (before, after))
             if old and new:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.case import arms
 from bench.statistics import TOLERANCES, paired_ratio, same_training
-from fallback.choose import BACKENDS
 
 # Measured values of the phases: name -> what a smaller value means.
 TRAIN = {
@@ -42,26 +42,28 @@ GENERATE = {
 ALIKE = ("dtype", "attention", "quantization", "optimizer", "triton")
 
 
-def summarise(
-    rows: Sequence[dict[str, Any]], command: str, seed: int, environment: dict[str, Any], native: bool, case: str
-) -> dict[str, Any]:
+def summarise(rows: Sequence[dict[str, Any]], plan: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """`plan` is what plan.json holds: the command, the seed of the order, the settings."""
+    settings = plan["settings"]
+    order = list(arms([part.strip() for part in settings["backends"].split(",")]))
     by_recipe: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in sorted(rows, key=lambda row: (row["recipe"], BACKENDS.index(row["backend"]), row["arm"], row["repeat"])):
+    for row in sorted(rows, key=lambda row: (row["recipe"], row["repeat"])):
         by_recipe.setdefault(row["recipe"], {}).setdefault(row["arm"], []).append(row)
     return {
-        "command": command,
-        "seed": seed,
+        "command": plan["command"],
+        "seed": plan["seed"],
         "environment": environment,
-        "native": native,
-        "case": case,
+        "native": settings["native"],
+        "case": settings["case"],
         "tolerances": TOLERANCES,
-        "recipes": [_recipe(name, by_arm) for name, by_arm in sorted(by_recipe.items())],
+        "recipes": [_recipe(name, by_arm, order) for name, by_arm in sorted(by_recipe.items())],
     }
 
 
-def _recipe(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _recipe(name: str, by_arm: dict[str, list[dict[str, Any]]], order: Sequence[str]) -> dict[str, Any]:
     measured = {arm: [row for row in rows if row["status"] == "measured"] for arm, rows in by_arm.items()}
-    baseline = _baseline([arm for arm, rows in measured.items() if rows])
+    by_arm = {arm: by_arm[arm] for arm in order if arm in by_arm}
+    baseline = next((arm for arm in reversed(order) if measured.get(arm)), None)
     some = next((rows[0] for rows in measured.values() if rows), {})
     return {
         "recipe": name,
@@ -76,12 +78,6 @@ def _recipe(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             if baseline and rows and arm != baseline
         ],
     }
-
-
-def _baseline(there: list[str]) -> str | None:
-    """Plain PEFT, the second of two; without it whatever comes last."""
-    plain = [arm for arm in there if arm.split(" #")[0] == "peft"]
-    return max(plain or there, default=None)
 
 
 def _arm(arm: str, rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,7 +116,7 @@ def _comparison(arm: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any
         for name in names:
             both = [(a.get(phase, {}).get(name), b.get(phase, {}).get(name)) for a, b in pairs]
             if all(a and b for a, b in both):
-                ratio = paired_ratio([[a] for a, _ in both], [[b] for _, b in both])
+                ratio = paired_ratio([a for a, _ in both], [b for _, b in both])
                 found[phase][name] = {**asdict(ratio), "differs": ratio.differs}
     found["unlike"] = [
         f"{name}: {a['choice'][name]} / {b['choice'][name]}"

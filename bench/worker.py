@@ -5,6 +5,7 @@ backend would have to precede: bench.launch starts this file, and looks at what 
 """
 
 import importlib
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +20,14 @@ from recipes.stages.run import Run, read_json, read_jsonl, write_json
 # Payments scored at once, and how often.
 _SCORED = 64
 _TIMES = 3
+
+
+def make_ready(name: str, size: str, weights: str) -> None:
+    """Make a random model's files, so that no case has to."""
+    from recipes.stages.base_model import ensure_files, settle
+
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    ensure_files(recipe, settle(recipe, size, weights))  # type: ignore[arg-type]
 
 
 def main(case_file: str, out: str, folder: str) -> None:
@@ -44,7 +53,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "proof": proof(choice.backend, trained["patched"]),
         "trainable_parameters": trained["trainable_parameters"],
     }
-    found["train"] = training(case, meter, run, settings)
+    found["train"] = training(case, meter, run)
     found["train"]["load_seconds"] = trained["load_seconds"]
     after = trained["memory_bytes"]["after_loading"]
     found["train"]["loaded_bytes"] = after.get("cuda_allocated", after["resident"])
@@ -69,13 +78,13 @@ def proof(backend: str, patched: dict[str, int]) -> dict[str, Any]:
     return {"in_the_process": inside, "patched": patched}
 
 
-def training(case: Case, meter: Any, run: Run, settings: Settings) -> dict[str, Any]:
+def training(case: Case, meter: Any, run: Run) -> dict[str, Any]:
     """What the meter saw, step by step and in short."""
     import numpy as np
 
     steps = list(read_jsonl(run.path / "steps.jsonl"))
-    per_step = settings.accumulation
-    batches = [meter.batches[i : i + per_step] for i in range(0, len(steps) * per_step, per_step)]
+    ends = list(itertools.accumulate(meter.parts[: len(steps)]))
+    batches = [meter.batches[end - parts : end] for parts, end in zip(meter.parts, ends, strict=False)]
     counted = slice(1 + case.warmup, None)
     seconds = np.array(meter.seconds[counted])
     if not len(seconds):
@@ -98,6 +107,7 @@ def training(case: Case, meter: Any, run: Run, settings: Settings) -> dict[str, 
         "samples_per_second": sum(sums["rows"][counted]) / seconds.sum(),
         "energy_joules_per_step": spent / len(seconds) if spent is not None else None,
         **meter.used,
+        "throttled": any(meter.throttled[counted]) if meter.throttled[0] is not None else None,
         "flops_per_step": float(np.mean(flops)),
         "steps": [
             {
@@ -126,11 +136,12 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
     gc.collect()
     if choice.device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     with held_back(run.logs / "libraries.log"):
         began = time.perf_counter()
         model = train.load_trained(recipe, run, chosen, choice, settings.max_length)
         found: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
+        if choice.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         examples = train.examples(recipe, run, "test")
         if recipe.closed:
             classifier = Classifier(recipe).use(model, run, settings.max_length)
@@ -160,4 +171,7 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "--ready":
+        make_ready(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -38,9 +38,9 @@ def loaded_patchers() -> list[str]:
 
 
 def _foreign(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).partition(".")[0] in PATCHERS or "unsloth_compiled_cache" in str(
-        getattr(getattr(value, "__code__", None), "co_filename", "")
-    )
+    library = str(getattr(value, "__module__", "")).partition(".")[0]
+    # What Unsloth compiles on a GPU stands in modules that it writes itself, unsloth_compiled_module_….
+    return library in PATCHERS or library.startswith(("unsloth_compiled_module", "unsloth_cache_"))
 
 
 def _name(value: Any) -> str:

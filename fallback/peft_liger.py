@@ -1,8 +1,8 @@
 """Rung 2: plain PEFT, with Liger's Triton kernels for the norms, the rotary embedding and the MLP.
 
 The loss stays our own fused head, as under every backend: Liger's would replace the model's forward, and could give
-no probability of an answer. Patching the loaded model instead of the class leaves other models in the process alone,
-but for the rotary embedding, which is a function of the model's module.
+no probability of an answer. Liger also replaces the classes in the model's module, so a process that loaded a model
+with it is no place for another without.
 """
 
 import importlib.util

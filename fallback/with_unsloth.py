@@ -26,6 +26,8 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         load_in_8bit=choice.quantization == "8bit",
         load_in_16bit=choice.quantization == "none",
         attn_implementation=choice.attention,
+        # Otherwise a hub id is replaced by a copy of Unsloth's own, quantised beforehand: another model.
+        use_exact_model_name=True,
     )
     return model
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def alarms(slower: float, pairs: int, tries: int = 300) -> float:
     found = 0
     for _ in range(tries):
         centres = generator.normal(0, 0.03, (pairs, 2)) + np.array([np.log1p(slower), 0])
-        both = np.exp(generator.normal(centres[..., None], 0.08, (pairs, 2, 20)))
-        found += paired_ratio(list(both[:, 0]), list(both[:, 1])).differs
+        both = np.median(np.exp(generator.normal(centres[..., None], 0.08, (pairs, 2, 20))), axis=-1)
+        found += paired_ratio(both[:, 0].tolist(), both[:, 1].tolist()).differs
     return found / tries
 
 
@@ -47,10 +47,13 @@ def test_ten_percent_are_found() -> None:
 
 
 def test_one_pair_says_nothing() -> None:
-    ratio = paired_ratio([[2.0, 2.0]], [[1.0]])
+    ratio = paired_ratio([2.0], [1.0])
     assert ratio.value == pytest.approx(2)
     assert not ratio.differs
-    assert "nothing of chance" in report.said({"value": 2, "low": 0, "high": 9, "pairs": 1, "differs": False})
+    assert "nothing of chance" in report.said({**asdict(ratio), "differs": False})
+    one = [row for row in rows_of(slower=0.5) if row["repeat"] == 0]
+    assert "Infinity" not in json.dumps(summary_of(one))
+    assert "x 2.00, one pair" in report.verdicts(summary_of(one))[0][0]
 
 
 def test_the_same_training_and_the_step_from_which_it_is_another() -> None:
@@ -62,6 +65,9 @@ def test_the_same_training_and_the_step_from_which_it_is_another() -> None:
     assert largest == pytest.approx(0.02)
     assert same_training(other, steps, "bfloat16")[0]
     assert same_training(steps[:5], steps, "float32")[:2] == (False, 6)
+    broken = [*steps[:3], (float("nan"), 1.0), *steps[4:]]
+    assert same_training(broken, broken, "float32")[:2] == (False, 4), "what is not a number is the same as nothing"
+    assert not same_training(steps, [(loss, float("inf")) for loss, _ in steps], "float32")[0]
     steep = [(loss, norm * 1.2) for loss, norm in steps]
     assert same_training(steep, steps, "float32")[:2] == (False, 1)
 
@@ -119,7 +125,8 @@ ENVIRONMENT = {
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return summarise(rows, "python -m bench compare", 1, ENVIRONMENT, False, "grid")
+    settings = {"native": False, "case": "grid", "backends": "unsloth,peft+liger,peft"}
+    return summarise(rows, {"command": "python -m bench compare", "seed": 1, "settings": settings}, ENVIRONMENT)
 
 
 def test_the_verdicts() -> None:
@@ -155,7 +162,10 @@ def test_what_is_not_alike_stands_beside_the_ratio() -> None:
 
 def test_a_skipped_arm_is_no_number() -> None:
     summary = summary_of(rows_of(reason="its kernels need a GPU"))
-    assert [arm["measured"] for arm in summary["recipes"][0]["arms"]] == [3, 0, 3]
+    assert [(arm["arm"], arm["measured"]) for arm in summary["recipes"][0]["arms"]] == [
+        ("unsloth", 3), ("peft+liger", 0), ("peft", 3),
+    ]  # fmt: skip
+    assert summary["recipes"][0]["baseline"] == "peft"
     assert ("some, peft+liger: skipped: its kernels need a GPU", True) in report.verdicts(summary)
     assert "peft+liger" not in report.header_of(summary["recipes"][0])
 
@@ -168,13 +178,15 @@ def test_a_skipped_arm_is_no_number() -> None:
         (1, ["Traceback", "torch.OutOfMemoryError: CUDA out of memory."], "out of memory"),
         (2, ["error: out of memory at batch 4 x 1, length 512: take --preset 12gb"], "out of memory"),
         (1, ["RuntimeError: something else"], "failed"),
-        (-11, [], "failed"),
+        (-11, ["step 3"], "failed"),
     ],
 )
 def test_what_becomes_of_a_case_that_fails(status: int | None, tail: list[str], expected: str) -> None:
     found = _reason(status, tail, 60)
     assert found["status"] == expected
     assert found["reason"]
+    if status == -11:
+        assert "SIGSEGV" in found["reason"]
 
 
 def test_a_regression_is_told_from_chance_and_from_another_machine() -> None:
@@ -183,6 +195,8 @@ def test_a_regression_is_told_from_chance_and_from_another_machine() -> None:
     assert lines["unsloth", "step_seconds_median"]["regression"]
     assert not lines["peft", "step_seconds_median"]["regression"]
     assert not any(line["regression"] for line in differences(after, before, 0.05)), "faster is no regression"
+    larger = [{**row, "flags": ["--size", "small"]} for row in after]
+    assert differences(before, larger, 0.05) == [], "another size is another measurement"
     other = {**ENVIRONMENT, "cores": 8, "versions": {"torch": "2.14"}, "git_commit": "def"}
     assert changes(ENVIRONMENT, other) == {
         "machine": ["cores 2 -> 8"], "versions": ["torch 2.13 -> 2.14"], "code": ["abc -> def"],
@@ -274,8 +288,18 @@ def test_an_interrupted_sweep_is_finished(tmp_path: Path) -> None:
     # The power may also go in the middle of a line.
     with (tmp_path / "found" / "measurements.jsonl").open("a") as file:
         file.write('{"recipe": "polyglot')
+    # On another machine its rows would be no pairs.
+    there = tmp_path / "found" / "environment.json"
+    here = there.read_text()
+    there.write_text(here.replace('"cores": ', '"cores": 9'))
+    resume = [sys.executable, "-m", "bench", "compare", "--resume", "found"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(resume, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "begun under other conditions (cores 9" in refused.stderr
+    there.write_text(here)
     again = subprocess.run(
-        [sys.executable, "-m", "bench", "compare", "--resume", "found"],
+        resume,
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -290,6 +314,7 @@ def test_an_interrupted_sweep_is_finished(tmp_path: Path) -> None:
         (("--backends", "unsloth,magic"), "--backends 'magic': unknown; there are unsloth, peft+liger, peft"),
         (("--recipes", "nothing"), "--recipes 'nothing': unknown"),
         (("--phases", ""), "--phases: name at least one of train, generate"),
+        (("--repeats", "0"), "--repeats 0: every case is run at least once"),
         (("--steps", "4"), "--steps 4: the first and 3 more are not counted"),
         (("--resume", "nowhere"), "--resume nowhere: no sweep was begun there"),
     ],

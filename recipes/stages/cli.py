@@ -353,6 +353,10 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     chosen = settle(recipe, args.size, args.weights, args.model)
     settings: Settings = args.settings
     EarlyStopping.parse(settings.early_stopping)
+    if recipe.closed and settings.attention == "flash_attention_2":
+        raise UserError(
+            "--attention flash_attention_2: codes are scored under masks that it cannot be given; use --attention sdpa"
+        )
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)

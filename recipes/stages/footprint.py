@@ -185,10 +185,11 @@ def _peak(network: Any, rows: int, length: int, supervised: int, checkpointing: 
     base = network.get_base_model()
     network.train()
     for parameter in network.parameters():
-        parameter.grad = None
         if parameter.requires_grad:
             # As autocast has it: computed with at 16 bits, whatever the optimiser keeps.
             parameter.data = parameter.data.to(torch.bfloat16)
+            # There from the first part of an optimiser step on, and counted beside the activations.
+            parameter.grad = torch.zeros_like(parameter)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         base.enable_input_require_grads()
@@ -196,7 +197,9 @@ def _peak(network: Any, rows: int, length: int, supervised: int, checkpointing: 
         base.gradient_checkpointing_disable()
     config = base.config.get_text_config()
     live = Live()
-    live.ignore([*network.parameters(), *network.buffers()])
+    live.ignore(
+        [*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters() if p.grad is not None)]
+    )
     with torch.device("meta"), _kernels(), live:
         allowed = torch.empty((rows, 1, length, length), dtype=torch.bool)
         mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
@@ -207,8 +210,7 @@ def _peak(network: Any, rows: int, length: int, supervised: int, checkpointing: 
         loss = _FusedLoss.apply(counted, base.get_output_embeddings().weight, block).sum()
         del hidden, counted
         loss.backward()
-    left = sum(p.grad.untyped_storage().nbytes() for p in network.parameters() if p.grad is not None)
-    return live.peak - left
+    return live.peak
 
 
 def packed_bytes(weights: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
-from recipes.stages.recipe import Message
+from recipes.stages.recipe import Message, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.train import Model
 
@@ -79,6 +79,9 @@ class Codes:
         self.names = list(train_rows)
         self.index = {name: i for i, name in enumerate(self.names)}
         self.answers = distinguishing([renderer.answer(name) for name in self.names])
+        twins = sorted(n for n, a in zip(self.names, self.answers, strict=True) if self.answers.count(a) > 1)
+        if twins:
+            raise UserError(f"the codes {', '.join(twins)} are the same tokens to this model; merge or rename them")
         self.root = grow(self.answers, list(train_rows.values()))
         self.alphabet = sorted({token for answer in self.answers for token in answer})
         self.column = {token: i for i, token in enumerate(self.alphabet)}

@@ -98,8 +98,8 @@ def start_lora(network: Any, settings: Settings) -> None:
             weight.copy_(start)
 
 
-def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, validation: Any) -> Any:
-    """Settings -> SFTConfig: the one place where our names meet TRL's."""
+def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, validation: Any, often: bool = True) -> Any:
+    """Settings -> SFTConfig: the one place where our names meet TRL's. Not `often`: validation at the end alone."""
     from trl import SFTConfig
 
     return SFTConfig(
@@ -122,11 +122,13 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         use_cpu=choice.device == "cpu",
         seed=settings.seed,
         logging_steps=1,
+        # Otherwise a loss that is not a number is logged as zero.
+        logging_nan_inf_filter=False,
         report_to=["tensorboard"],
         disable_tqdm=True,
         save_strategy="no",
         eval_strategy="steps",
-        eval_steps=math.ceil(steps / evaluations(steps, settings, len(validation.items))),
+        eval_steps=math.ceil(steps / evaluations(steps, settings, len(validation.items))) if often else steps,
         metric_for_best_model=f"eval_{validation.metric}",
         greater_is_better=validation.higher_is_better,
         max_length=None,
@@ -397,7 +399,8 @@ def train(
             objective=objective,
             validate=validation,
             model=model.network,
-            args=sft_arguments(settings, choice, run, steps, validation),
+            # Whoever looks on is told of memory and energy, which an evaluation in between would make its own.
+            args=sft_arguments(settings, choice, run, steps, validation, often=watch is None),
             train_dataset=dataset(rendered, classes if objective else None),
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,

@@ -139,6 +139,8 @@ class RecipeTrainer(SFTTrainer):
             parameter.data = data
         self.remove_callback(PrinterCallback)
         self.sampler, self.objective, self.validate = sampler, objective, validate
+        self.parts: list[int] = []
+        """Batches of each optimiser step: at an epoch's end there may be fewer."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Drawn:
         return self.sampler
@@ -151,6 +153,8 @@ class RecipeTrainer(SFTTrainer):
         """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base
         class, and the count of tokens inside it, so the weighted count is put in place out here."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.parts.append(len(batches))
         if self.objective is not None and batches:
             masses = [self.objective.mass(supervised(batch), batch["class"]) for batch in batches]
             count = torch.stack(masses).sum().to(device)
