@@ -109,7 +109,9 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _pace(ratio: dict[str, Any]) -> str:
-    return f"{said(ratio)} as fast" if ratio["differs"] or ratio["pairs"] < 2 else said(ratio)
+    if ratio["pairs"] < 2:
+        return f"x {ratio['value']:.2f} as fast, one pair says nothing of chance"
+    return f"{said(ratio)} as fast" if ratio["differs"] else said(ratio)
 
 
 def brief(row: dict[str, Any]) -> str:

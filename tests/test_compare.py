@@ -53,7 +53,7 @@ def test_one_pair_says_nothing() -> None:
     assert "nothing of chance" in report.said({**asdict(ratio), "differs": False})
     one = [row for row in rows_of(slower=0.5) if row["repeat"] == 0]
     assert "Infinity" not in json.dumps(summary_of(one))
-    assert "x 2.00, one pair" in report.verdicts(summary_of(one))[0][0]
+    assert "x 2.00 as fast, one pair" in report.verdicts(summary_of(one))[0][0]
 
 
 def test_the_same_training_and_the_step_from_which_it_is_another() -> None:
