@@ -87,14 +87,12 @@ NATIVE: dict[str, tuple[str, ...]] = {
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Compare, prog="python -m bench compare", args=arguments)
     folder, args, seed = settle_folder(args, arguments)
-    recipes = named(args)
+    recipes, backends, phases = asked_for(args)
     gpu = read_gpu()
     sizes = read_json(folder / "plan.json").get("sizes") or {r.name: size_for(r, args, gpu) for r in recipes}
-    backends = checked(args.backends, BACKENDS, "--backends")
-    phases = checked(args.phases, ("train", "generate"), "--phases")
     grid = Grid(
         recipes, backends, args.repeats,
-        {(r.name, arm): flags(args, sizes[r.name], arm, b) for r in recipes for arm, b in arms(backends).items()},
+        {(r.name, arm): flags(args, sizes[r.name], b) for r in recipes for arm, b in arms(backends).items()},
         phases, args.warmup, args.new_tokens, 25 if args.case == "ohlora-table" else 3,
     )  # fmt: skip
     skipped = obstacles(grid, sizes, gpu)
@@ -134,6 +132,8 @@ def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, i
         args = replace(
             args, recipes="gemma2_2b_ohlora", batch_size=4, steps=15, warmup=min(args.warmup, 3), new_tokens=80
         )
+    # A folder that a typing error left behind would pass for a sweep.
+    asked_for(args)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: every case is run at least once")
     if args.steps <= args.warmup + 1:
@@ -162,6 +162,12 @@ def same_machine(folder: Path, sizes: dict[str, Any]) -> None:
         return
     write_json(file, now)
     write_json(folder / "plan.json", {**read_json(folder / "plan.json"), "sizes": sizes})
+
+
+def asked_for(args: Compare) -> tuple[list[Recipe], tuple[str, ...], tuple[str, ...]]:
+    """Recipes, backends and phases."""
+    backends = checked(args.backends, BACKENDS, "--backends")
+    return named(args), backends, checked(args.phases, ("train", "generate"), "--phases")
 
 
 def checked(given: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:
@@ -199,7 +205,7 @@ def weights_bytes(recipe: Recipe) -> float:
     return layers * (0.6 if recipe.settings.quantization == "4bit" else 2) + embeddings * 2
 
 
-def flags(args: Compare, size: str, arm: str, backend: BackendName) -> tuple[str, ...]:
+def flags(args: Compare, size: str, backend: BackendName) -> tuple[str, ...]:
     """The recipe's train command for one arm. Nothing may end a training early; validation comes once, after it."""
     found = ["--size", size, "--backend", backend, "--max-steps", str(args.steps), "--epochs", "100000"]
     found += ["--early-stopping", "off", "--log-every", "1000000"]

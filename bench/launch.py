@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,15 +68,13 @@ def _key(case: Case) -> dict[str, Any]:
 
 def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
     """Run one case to its end, its time limit or its failure."""
-    import shutil
-
     work = folder / "work" / case.name
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / "case.json", asdict(case))
     log = folder / "logs" / f"{case.name}.log"
-    command = [sys.executable, "-m", "bench.worker", "case.json", "out.json", "run"]
-    command[3:] = [str((work / name).resolve()) for name in command[3:]]
+    files = [str((work / name).resolve()) for name in ("case.json", "out.json", "run")]
+    command = [sys.executable, "-m", "bench.worker", *files]
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         # A group of its own: whatever it starts ends with it.

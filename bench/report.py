@@ -227,7 +227,7 @@ def _notes(recipe: dict[str, Any]) -> list[str]:
             notes.append(f"{arm['arm']} patched: {patched or 'nothing, the original code runs'}")
         if arm.get("throttled"):
             notes.append(
-                f"{arm['arm']}: the GPU's clock was held down by heat or power; its times are not to be trusted"
+                f"{arm['arm']}: the GPU's clock was held down by heat or its supply; its times are not to be trusted"
             )
     for comparison in recipe["comparisons"]:
         unlike = "; ".join(comparison.get("unlike", []))

@@ -61,8 +61,8 @@ def summarise(rows: Sequence[dict[str, Any]], plan: dict[str, Any], environment:
 
 
 def _recipe(name: str, by_arm: dict[str, list[dict[str, Any]]], order: Sequence[str]) -> dict[str, Any]:
-    measured = {arm: [row for row in rows if row["status"] == "measured"] for arm, rows in by_arm.items()}
     by_arm = {arm: by_arm[arm] for arm in order if arm in by_arm}
+    measured = {arm: [row for row in rows if row["status"] == "measured"] for arm, rows in by_arm.items()}
     baseline = next((arm for arm in reversed(order) if measured.get(arm)), None)
     some = next((rows[0] for rows in measured.values() if rows), {})
     return {

@@ -81,7 +81,7 @@ def one(asked: Compare, run: int, folder: Path, planted: float) -> dict[str, Any
     recipes, backends = named(asked), ("peft", "peft")
     grid = Grid(
         recipes, backends, asked.repeats,
-        {(r.name, arm): flags(asked, "tiny", arm, backend) for r in recipes for arm, backend in arms(backends).items()},
+        {(r.name, arm): flags(asked, "tiny", backend) for r in recipes for arm, backend in arms(backends).items()},
         ("train",), asked.warmup,
     )  # fmt: skip
     os.environ["BENCH_PLANT_SLEEP"] = f"peft:{planted}"

@@ -15,7 +15,7 @@ from fallback import plain_peft
 from fallback.choose import Choice
 from fallback.plain_peft import add_lora, for_inference, import_libraries, load_adapter
 
-__all__ = ["add_lora", "for_inference", "import_libraries", "load", "load_adapter", "model_types"]
+__all__ = ["add_lora", "for_inference", "import_libraries", "load", "load_adapter", "model_types", "patch"]
 
 
 @cache

@@ -319,11 +319,14 @@ def test_an_interrupted_sweep_is_finished(tmp_path: Path) -> None:
         (("--resume", "nowhere"), "--resume nowhere: no sweep was begun there"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(command: Command, given: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_measured_is_one_line(
+    command: Command, tmp_path: Path, given: tuple[str, ...], message: str
+) -> None:
     done = command("bench", "compare", *given)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a folder is left that would pass for a sweep"
 
 
 def test_a_sweep_is_not_overwritten(command: Command, tmp_path: Path) -> None:
@@ -349,9 +352,9 @@ def test_the_arm_without_unsloth_refuses_to_run_beside_it() -> None:
 def test_each_backend_at_its_own_defaults_is_said_to_be_so() -> None:
     from bench.compare import Compare, flags
 
-    like = {flags(Compare(), "tiny", "", backend)[4:] for backend in ("unsloth", "peft")}
+    like = {flags(Compare(), "tiny", backend)[4:] for backend in ("unsloth", "peft")}
     assert len(like) == 1
-    native = [flags(replace(Compare(), native=True), "tiny", "", backend) for backend in ("unsloth", "peft")]
+    native = [flags(replace(Compare(), native=True), "tiny", backend) for backend in ("unsloth", "peft")]
     assert "--no-checkpointing" in native[1]
     assert native[0][-3:] == ("--quantization", "4bit", "--checkpointing")
     summary = {**summary_of(rows_of()), "native": True}

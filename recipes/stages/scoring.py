@@ -89,8 +89,7 @@ class Codes:
 
 def distinguishing(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
     """Of answers and what ends each, the tokens that tell it from every other. The end belongs to them only where an
-    answer is the beginning of another: after the last token of any other there is nothing left to choose, and
-    reading it would cost more than all else."""
+    answer is the beginning of another: after the last token of any other there is nothing left to choose."""
     beginnings = {tuple(code[:length]) for code, _ in answers for length in range(len(code))}
     return [[*code, *(end if tuple(code) in beginnings else ())] for code, end in answers]
 

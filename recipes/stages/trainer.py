@@ -134,8 +134,8 @@ class RecipeTrainer(SFTTrainer):
         trained = [(p, p.data) for p in arguments["model"].parameters() if p.requires_grad]
         super().__init__(**arguments)
         for parameter, data in trained:
-            # TRL rounds the LoRA matrices of a quantised model to bfloat16 for good, and AdamW on such parameters
-            # loses every update below their 8 bits; Unsloth keeps them in float32, where PEFT puts them.
+            # TRL rounds the LoRA matrices of a quantised model to bfloat16 for good, under either backend, and AdamW on
+            # such parameters loses every update below their 8 bits.
             parameter.data = data
         self.remove_callback(PrinterCallback)
         self.sampler, self.objective, self.validate = sampler, objective, validate
