@@ -109,7 +109,7 @@ def trained(args: Classify, folder: Path) -> Run:
     choice = choose(model_type(RECIPE, chosen), args.backend, settings.quantization, settings.optimizer)
     options = replace(RECIPE.options, min_samples_per_class=1, allow_leak=True)
     run = prepare.prepare(RECIPE, folder / "payments.csv", options, 0, folder / "run", quiet=True)
-    train.record_choice(run, settings, chosen, choice, RECIPE.balance)
+    train.record(run, train.decisions(run, settings, chosen, RECIPE.balance), choice)
     assert isinstance(RECIPE.balance, Balance)
     with held_back(run.logs / "libraries.log"):
         train.train(RECIPE, run, settings, chosen, choice, replace(RECIPE.balance, eval_rows=100))

@@ -24,6 +24,7 @@ from fallback.choose import Backend
 from recipes.stages import cli
 from recipes.stages.base_model import Size
 from recipes.stages.console import say
+from recipes.stages.fine_tune import fine_tune
 from recipes.stages.recipe import UserError
 from recipes.stages.run import environment
 
@@ -109,7 +110,7 @@ def main(arguments: list[str]) -> None:
     given = ["--size", args.size, "--backend", args.backend, "--max-steps", str(args.steps), "--epochs", "100000"]
     given += ["--early-stopping", "off", "--log-every", "1000000", "--neftune-alpha", "0"]
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder:
-        cli.fine_tune(recipe, cli.parse_train(recipe, "train", [*given, "--run", f"{folder}/run"]), meter)
+        fine_tune(recipe, cli.parse_train(recipe, "train", [*given, "--run", f"{folder}/run"]), meter)
     ours, bare = meter.seconds[4:], meter.bare[4:]
     summary = {
         "command": shlex.join(["python", "-m", "bench", "overhead", *arguments]),

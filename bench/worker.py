@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.case import Case
 from recipes.stages import cli
+from recipes.stages.fine_tune import fine_tune
 from recipes.stages.recipe import Recipe, Settings
 from recipes.stages.run import Run, read_json, read_jsonl, write_json
 
@@ -41,7 +42,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
 
     meter = TrainingMeter(case.arm)
     args = cli.parse_train(recipe, "train", [*case.flags, "--run", str(folder)])
-    run, chosen, choice, settings = cli.fine_tune(recipe, args, meter)
+    run, chosen, choice, settings = fine_tune(recipe, args, meter)
     trained = read_json(run.metrics)["train"]
     found: dict[str, Any] = {
         "model": chosen.name,

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -82,11 +83,13 @@ def choose(
     optimizer: str = "adamw_torch",
     gpu: Gpu | Literal["read"] | None = "read",
     attention: Attention = "auto",
+    failed: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run."""
+    """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. `failed` are
+    backends that were tried and died, each with how."""
     if gpu == "read":
         gpu = read_gpu()
-    backend, why = _backend(requested, gpu, model_type)
+    backend, why = _backend(requested, gpu, model_type, failed or {})
     reasons = {"backend": why}
 
     if gpu is None:
@@ -129,7 +132,9 @@ def choose(
     return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton, reasons)
 
 
-def _backend(requested: Backend, gpu: Gpu | None, model_type: str) -> tuple[BackendName, str]:
+def _backend(
+    requested: Backend, gpu: Gpu | None, model_type: str, failed: Mapping[str, str]
+) -> tuple[BackendName, str]:
     if requested != "auto":
         obstacle = why_not(requested, gpu, model_type)
         if obstacle:
@@ -139,7 +144,7 @@ def _backend(requested: Backend, gpu: Gpu | None, model_type: str) -> tuple[Back
         return requested, f"--backend {requested}"
     obstacles: list[str] = []
     for name in BACKENDS:
-        obstacle = why_not(name, gpu, model_type)
+        obstacle = failed.get(name) or why_not(name, gpu, model_type)
         if obstacle is None:
             break
         obstacles.append(f"not {name}: {obstacle}")

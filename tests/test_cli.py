@@ -11,7 +11,8 @@ import pytest
 from conftest import RECIPES, recipe
 
 from fallback.gpu import Gpu
-from recipes.stages.cli import less_memory, out_of_memory, preset_for
+from recipes.stages.cli import preset_for
+from recipes.stages.fine_tune import less_memory, out_of_memory
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPERCODE = "recipes.gemma3_12b_opercode"

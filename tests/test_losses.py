@@ -213,6 +213,7 @@ def check(backend: str) -> dict[str, Any]:
     model = train.load_for_training(RECIPE, chosen, settings, choice)
     from recipes.stages.losses import Objective, draws
     from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
+    from recipes.stages.validation import AnswerValidation
 
     learned = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     torch.manual_seed(0)
@@ -235,12 +236,14 @@ def check(backend: str) -> dict[str, Any]:
     def trainer(balance: Balance, batch_size: int, accumulation: int, objective: bool = True) -> Any:
         reset()
         mine = replace(settings, batch_size=batch_size, accumulation=accumulation, max_steps=1)
-        watched = train.AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path())  # type: ignore[list-item]
-        arguments = train.sft_arguments(mine, choice, Run(Path(tempfile.mkdtemp())), 1, watched)
+        watched = AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path())  # type: ignore[list-item]
+        run = Run(Path(tempfile.mkdtemp()))
+        arguments = train.sft_arguments(mine, choice, run, 1, watched)
         arguments.eval_strategy = "no"
         arguments.optim, arguments.max_grad_norm, arguments.report_to = "sgd", 0.0, []
         arguments.weight_decay = 0.0
         return RecipeTrainer(
+            run=run,
             sampler=Drawn(classes, draws(SIZES, balance), 0),
             objective=Objective.of(SIZES, balance) if objective else None,
             model=model.network,

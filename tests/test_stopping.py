@@ -35,7 +35,7 @@ def control() -> SimpleNamespace:
 
 def feed(losses: list[float], every: int, history: tuple[float, ...] = ()) -> int | None:
     """The step at which a run with these losses ends; `history` is what it did before it was resumed."""
-    from recipes.stages.trainer import StopEarly
+    from recipes.stages.callbacks import StopEarly
 
     callback, here = StopEarly(EarlyStopping(patience=2, min_delta=0.1), every), control()
     logs = [{"loss": loss} for loss in history]
@@ -56,7 +56,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does() -> None:
 
 
 def test_validation_is_watched_instead() -> None:
-    from recipes.stages.trainer import StopEarly
+    from recipes.stages.callbacks import StopEarly
 
     callback, here = StopEarly(EarlyStopping(patience=1, watch="validation"), 1), control()
     state = SimpleNamespace(global_step=4, log_history=[])

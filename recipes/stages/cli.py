@@ -5,30 +5,27 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 
-from fallback.choose import Backend, CannotRun, Choice, choose
+from fallback.choose import Backend, CannotRun
 from fallback.gpu import Gpu, read_gpu
-from recipes.stages import chat, evaluate, history, plan, predict, prepare, stats, train
+from recipes.stages import chat, evaluate, history, plan, predict, prepare, resume, stats, train
 from recipes.stages.base_model import (
-    Chosen,
     ensure_files,
     load_tokenizer,
-    model_type,
-    published_config,
     settle,
     tokenizer_file,
 )
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
+from recipes.stages.fine_tune import fine_tune, less_memory, starting_over
 from recipes.stages.memory import Memory, Recall
-from recipes.stages.recipe import Recipe, Sampling, Settings, UserError
-from recipes.stages.run import Run, environment, read_json, write_json
-from recipes.stages.stopping import EarlyStopping
+from recipes.stages.recipe import Interrupted, Recipe, Sampling, Settings, UserError
+from recipes.stages.run import explained
 
 Options = TypeVar("Options")
 Balancing = TypeVar("Balancing")
@@ -110,6 +107,12 @@ class Train(Generic[Options, Balancing]):
     """Another base model, by hub id or folder."""
     backend: Backend = "auto"
     """auto takes Unsloth where it runs and steps down to plain PEFT where not, and says why."""
+    resume: bool = False
+    """Go on with the training in --run, or with the newest that did not come to its end."""
+    accept_changes: bool = False
+    """Go on although settings, data or the machine are not what they were."""
+    auto_batch: bool = False
+    """When memory does not suffice, halve the batch, double the accumulation and go on."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,13 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     except (UserError, CannotRun) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        # A full disk, a folder that is read-only or went away: the system's matter, and not a bug of ours.
+        print(f"error: {explained(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("\nstopped; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
@@ -323,12 +333,14 @@ def prepare_command(recipe: Recipe, given: list[str]) -> None:
 
 
 def train_command(recipe: Recipe, given: list[str]) -> None:
-    fine_tune(recipe, parse_train(recipe, "train", given))
+    with starting_over(recipe, ["train", *given]):
+        fine_tune(recipe, parse_train(recipe, "train", given))
 
 
 def everything(recipe: Recipe, given: list[str]) -> None:
     """prepare, train, evaluate, and a few answers."""
-    run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
+    with starting_over(recipe, given):
+        run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
     with held_back(run.logs / "libraries.log"):
         model = train.load_trained(recipe, run, chosen, choice, settings.max_length)
         results = evaluate.evaluate(recipe, run, model, answering(recipe), settings.max_length)
@@ -342,84 +354,32 @@ def everything(recipe: Recipe, given: list[str]) -> None:
 
 
 def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
-    settings, preset = settings_in_force(recipe, given)
     kind: Any = Train[type(recipe.options), type(recipe.balance)]  # type: ignore[misc]
-    return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings, preset=preset))
-
-
-def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen, Choice, Settings]:
-    """Every decision first, then the data, then the training; nothing is written before the decisions stand. `watch`
-    is a trainer.Watch that looks on."""
-    chosen = settle(recipe, args.size, args.weights, args.model)
-    settings: Settings = args.settings
-    EarlyStopping.parse(settings.early_stopping)
-    if recipe.closed and settings.attention == "flash_attention_2":
-        raise UserError(
-            "--attention flash_attention_2: codes are scored under masks that it cannot be given; use --attention sdpa"
-        )
-    say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
-    if chosen.weights == "pretrained":
-        published_config(chosen)
-    choice = choose(
-        model_type(recipe, chosen),
-        args.backend,
-        settings.quantization,
-        settings.optimizer,
-        attention=settings.attention,
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", action="store_true")
+    early.add_argument("--run", type=Path)
+    early.add_argument("--preset")
+    known, _ = early.parse_known_args(given)
+    if not known.resume or {"-h", "--help"} & set(given):
+        settings, preset = settings_in_force(recipe, given)
+        return parse(recipe, stage, kind, given, Train(recipe.options, recipe.balance, settings, preset=preset))
+    # Whatever is not said again is as it was.
+    begun = resume.begun(recipe, known.run)
+    chosen, settings = begun.chosen, begun.settings
+    if known.preset and known.preset != begun.config.get("preset"):
+        settings = replace(settings, **recipe.presets.get(known.preset, {}))
+    default = Train(
+        recipe.options,
+        begun.balance or recipe.balance,
+        settings,
+        run=begun.run.path,
+        preset=begun.config.get("preset"),
+        size=chosen.size,
+        weights=None if chosen.name != recipe.base.hub_id else chosen.weights,
+        model=None if chosen.name == recipe.base.hub_id else chosen.name,
+        backend=begun.choice["backend"],
     )
-    say(f"backend {choice.backend}: {choice.reasons['backend']}")
-    if args.preset:
-        say(
-            f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
-        )
-    if args.run is not None and Run(args.run).prepared and args.source is None:
-        run = Run(args.run)
-        prepare.tell(run, read_json(run.data / "metadata.json"))
-    else:
-        run = prepare.prepare(
-            recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
-        )
-    write_json(run.path / "environment.json", environment())
-    train.record_choice(run, settings, chosen, choice, args.balance, args.preset)
-    with held_back(run.logs / "libraries.log"):
-        try:
-            metrics = train.train(recipe, run, settings, chosen, choice, args.balance, watch)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(less_memory(recipe, settings, args.preset)) from error
-        run.add_metrics(base_model=asdict(chosen), train=metrics)
-        say(
-            f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
-            f"adapter in {run.adapter}"
-        )
-    return run, chosen, choice, settings
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU it is a class of its own, on a CPU a message."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def less_memory(recipe: Recipe, settings: Settings, preset: str | None) -> str:
-    """What to change first when training ran out of memory."""
-    effective = settings.batch_size * settings.accumulation
-    smaller = [name for name, values in recipe.presets.items() if values.get("batch_size", 99) < settings.batch_size]
-    if smaller:
-        remedy = f"take --preset {smaller[-1]}"
-    elif settings.batch_size > 1:
-        half = settings.batch_size // 2
-        remedy = f"take --batch-size {half} --accumulation {effective // half}, the same step with half the memory"
-    elif not settings.checkpointing:
-        remedy = "take --checkpointing"
-    elif settings.quantization != "4bit":
-        remedy = "take --quantization 4bit"
-    else:
-        remedy = f"take --max-length {max(64, settings.max_length // 2)}, or a smaller --lora-rank"
-    return (
-        f"out of memory at batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
-        f"{f' (preset {preset})' if preset else ''}: {remedy}"
-    )
+    return parse(recipe, stage, kind, given, default)
 
 
 def answering(recipe: Recipe) -> Any:

@@ -16,6 +16,22 @@ class UserError(Exception):
     """Something the user can mend: printed as one line with its remedy, never as a traceback."""
 
 
+class Interrupted(Exception):
+    """Somebody asked us to stop, and nothing is lost; `code` is what the process ends with."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class StartOver(Exception):
+    """The same command has to be given again, in a process of its own, with flags that this one found to be needed."""
+
+    def __init__(self, flags: Mapping[str, str]):
+        super().__init__(str(flags))
+        self.flags = flags
+
+
 @dataclass(frozen=True)
 class Settings:
     """What recipes vary. One function, train.sft_arguments, turns this into an SFTConfig."""
@@ -67,6 +83,8 @@ class Settings:
     """Seeds the split, the LoRA start, the order of batches and dropout."""
     log_every: int = 10
     """Optimiser steps between two printed lines; steps.jsonl has every step."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints, from which train --resume goes on; 0 writes one after every step."""
 
 
 @dataclass(frozen=True)

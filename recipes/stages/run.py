@@ -1,9 +1,14 @@
 """Run: one directory with everything that made it, and how files get into it."""
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import platform
+import re
 import secrets
+import shutil
 import subprocess
 import tempfile
 import time
@@ -39,6 +44,60 @@ def writing(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     """A text file that appears under its name when it is finished, or not at all."""
     with replacing(path) as beside, beside.open("w", encoding="utf-8", newline=newline) as file:
         yield file
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside the real one, whose place it takes in one instant when all is there."""
+    beside = path.with_name(f".{path.name}.making")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if path.is_dir():
+        _exchange(beside, path)
+        shutil.rmtree(beside, ignore_errors=True)
+    else:
+        beside.replace(path)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Folders cannot be renamed over each other; Linux can swap them, so that neither name is ever without one."""
+    here, exchange = -100, 2
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None or swap(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        old = other.with_name(f".{other.name}.old")
+        other.replace(old)
+        one.replace(other)
+        old.replace(one)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose another folder with --run or --out",
+    errno.EACCES: "choose another folder with --run or --out, or change its permissions",
+    errno.EPERM: "choose another folder with --run or --out, or change its permissions",
+    errno.ENOENT: "did somebody delete it?",
+}
+
+
+def explained(error: OSError) -> str:
+    """What the system refused, in one line with its remedy."""
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
+
+
+def as_system_error(error: Exception) -> OSError | None:
+    """An OSError, or what a library made of one: safetensors hides it in a text."""
+    if isinstance(error, OSError):
+        return error
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(hidden.group(1)), os.strerror(int(hidden.group(1)))) if hidden else None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -79,6 +138,10 @@ class Run:
         return self.path / "adapter"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -93,6 +156,33 @@ class Run:
     @property
     def trained(self) -> bool:
         return (self.adapter / "adapter_config.json").is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """A training was begun here, and has not come to its end."""
+        return self.config.is_file() and not (self.metrics.is_file() and "train" in read_json(self.metrics))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains in this folder meanwhile. The lock is the system's: it dies with its owner."""
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"--run {self.path}: process {file.read().strip() or '?'} is training there; wait for it or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def forget_training(self) -> None:
+        """A training begins here: what is left of an earlier one would be taken for its own."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if self.metrics.is_file():
+            write_json(self.metrics, {k: v for k, v in read_json(self.metrics).items() if k != "train"})
 
     def add_metrics(self, **values: Any) -> None:
         """Stages add their part to metrics.json; what other stages wrote stays."""

@@ -4,26 +4,28 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
-import shutil
+import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from fallback.patched import patched
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
+from recipes.stages.checkpoint import step_of
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
-from recipes.stages.recipe import Balance, Example, Recipe, Sampling, Settings, UserError
+from recipes.stages.recipe import Balance, Example, Interrupted, Recipe, Settings, UserError
 from recipes.stages.render import Rendered, Renderer
-from recipes.stages.run import Run, find_run, read_json, read_jsonl, write_json, writing
+from recipes.stages.resume import data_digest
+from recipes.stages.run import Run, find_run, read_json, read_jsonl, replacing_folder, write_json, write_whole
 from recipes.stages.stopping import EarlyStopping
+from recipes.stages.validation import VALIDATION_ANSWERS, AnswerValidation, ClassValidation, evaluations
 
 
 @dataclass(frozen=True)
@@ -161,128 +163,6 @@ def render_all(
 
 # Steps from which the time of the whole training is estimated first.
 _FIRST_STEPS = 5
-# A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
-_VALIDATION_COST = 0.6
-# Share of the training time that choosing the best checkpoint may cost.
-_VALIDATION_SHARE = 0.08
-# Validation examples whose loss is watched, where answers are free text.
-_VALIDATION_ANSWERS = 200
-
-
-def evaluations(steps: int, settings: Settings, validation_rows: int) -> int:
-    """How many evaluations the training can afford; the last one is at its end."""
-    trained_rows = steps * settings.batch_size * settings.accumulation
-    return max(1, min(20, int(_VALIDATION_SHARE * trained_rows / (_VALIDATION_COST * validation_rows))))
-
-
-def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Example]:
-    """A sample of about `rows` examples in which every class has its share, and at least two of its own."""
-    by_class: dict[str | None, list[int]] = {}
-    for index, example in enumerate(items):
-        by_class.setdefault(example.label, []).append(index)
-    chosen: list[int] = []
-    for label, members in by_class.items():
-        count = min(len(members), max(2, round(rows * len(members) / len(items))))
-        chosen += random.Random(f"{seed} {label}").sample(members, count)
-    return [items[index] for index in sorted(chosen)]
-
-
-@dataclass
-class ClassValidation:
-    """Answers a part of the validation split as evaluate will answer the test split, and calibrates on it."""
-
-    model: Model
-    items: Sequence[Example]
-    weights: Any
-    """Of each item: the sample holds more of the rare classes than the split does."""
-    train_rows: dict[str, int]
-    max_length: int
-    metric: str = "f1_macro"
-    higher_is_better: bool = True
-    temperature: float = 1.0
-    seconds: float = 0.0
-
-    @classmethod
-    def on(
-        cls, model: Model, split: Sequence[Example], train: Sequence[Example], rows: int, settings: Settings
-    ) -> "ClassValidation":
-        import numpy as np
-
-        items = keeping_classes(split, rows, settings.seed)
-        whole, part = Counter(e.label for e in split), Counter(e.label for e in items)
-        weights = np.array([whole[e.label] / part[e.label] for e in items])
-        train_rows = {str(label): count for label, count in Counter(e.label for e in train).most_common()}
-        return cls(model, items, weights, train_rows, settings.max_length)
-
-    @property
-    def known(self) -> Known:
-        return Known(self.train_rows, self.temperature)
-
-    def __call__(self) -> dict[str, float]:
-        import numpy as np
-
-        from recipes.stages.classes import averages
-        from recipes.stages.confidence import fit_temperature
-        from recipes.stages.scoring import Codes, score
-
-        began = time.perf_counter()
-        codes = Codes(self.model.renderer, self.train_rows)
-        true = [example.answer for example in self.items]
-        prompts = [example.prompt for example in self.items]
-        # As exact as answering will be: a temperature fitted to rougher probabilities was off by half.
-        log_p = score(self.model, codes, prompts, self.max_length, include=true).log_p
-        predicted = [codes.names[i] for i in log_p.argmax(axis=1)]
-        of_true = log_p[np.arange(len(true)), [codes.index[name] for name in true]]
-        correct = np.array([t == p for t, p in zip(true, predicted, strict=True)])
-        self.temperature = fit_temperature(log_p, correct, self.weights)
-        found = averages(true, predicted, self.weights)
-        self.seconds += time.perf_counter() - began
-        return {
-            "loss": float(-(self.weights * of_true).sum() / self.weights.sum()),
-            **{name: found[name] for name in ("f1_macro", "f1_micro", "accuracy")},
-        }
-
-    @staticmethod
-    def told(metrics: dict[str, float]) -> str:
-        f1, accuracy, loss = (metrics[f"eval_{name}"] for name in ("f1_macro", "accuracy", "loss"))
-        return f"macro F1 {f1:.4f}, accuracy {accuracy:.4f}, loss {loss:.4f}"
-
-
-@dataclass
-class AnswerValidation:
-    """How probable a part of the validation split's answers are to the model."""
-
-    model: Model
-    items: Sequence[Example]
-    max_length: int
-    sampling: Sampling
-    stop: Sequence[str]
-    log: Path
-    """Where a few answers are written at every evaluation: numbers alone do not show how a persona speaks."""
-    metric: str = "loss"
-    higher_is_better: bool = False
-    known: Known | None = None
-    seconds: float = 0.0
-
-    def __call__(self) -> dict[str, float]:
-        from recipes.stages.generation import generate
-        from recipes.stages.likelihood import answer_loss
-
-        began = time.perf_counter()
-        found = answer_loss(self.model, self.items, self.max_length)
-        shown = self.items[:3]
-        brief = replace(self.sampling, temperature=0.0, max_new_tokens=min(40, self.sampling.max_new_tokens))
-        answers = generate(self.model, [item.prompt for item in shown], brief, self.stop, self.max_length)
-        with self.log.open("a", encoding="utf-8") as file:
-            for item, answer in zip(shown, answers, strict=True):
-                line = {"loss": found["loss"], "question": item.text, "answer": answer.text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.seconds += time.perf_counter() - began
-        return {"loss": found["loss"], "perplexity": found["perplexity"]}
-
-    @staticmethod
-    def told(metrics: dict[str, float]) -> str:
-        return f"loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}"
 
 
 def train(
@@ -293,26 +173,19 @@ def train(
     choice: Choice,
     balance: Any = None,
     watch: Any = None,
+    resume: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tune on the run's training split; writes steps.jsonl, logs/ and adapter/, returns the metrics. `watch` is
-    a trainer.Watch that looks on."""
+    a callbacks.Watch that looks on; `resume` is the checkpoint to go on from."""
     began = time.perf_counter()
     memory = {"before_loading": memory_in_use(choice.device == "cuda")}
     say(f"loading {choice.backend} and the model …")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
     memory["after_loading"] = memory_in_use(choice.device == "cuda")
+    from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
     from recipes.stages.losses import Objective, draws
-    from recipes.stages.trainer import (
-        Batches,
-        Drawn,
-        RecipeTrainer,
-        StepRecord,
-        StopEarly,
-        Validations,
-        Watched,
-        dataset,
-    )
+    from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
 
     items, rendered, counts = render_all(
         model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
@@ -329,7 +202,7 @@ def train(
     classes, drawn, objective = [0] * len(items), [len(items)], None
     validation: ClassValidation | AnswerValidation
     validation = AnswerValidation(
-        model, held_out[:_VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
+        model, held_out[:VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
         run.logs / "answers.jsonl",
     )  # fmt: skip
     # Chat models are trained beyond the lowest validation loss on purpose; their last adapter is kept.
@@ -349,39 +222,44 @@ def train(
     )
     say(f"watch it: tensorboard --logdir {run.logs}")
 
-    losses: list[float] = []
+    start = step_of(resume)
+    before = kept_lines(run.path / "steps.jsonl", start)
+    validation.recall(kept_lines(run.path / "validation.jsonl", start))
+    losses = [line["loss"] for line in before]
     replaced: dict[str, int] = {}
     with (
         progress("training", "steps") as bar,
-        writing(run.path / "steps.jsonl") as steps_file,
-        writing(run.path / "validation.jsonl") as validation_file,
+        (run.path / "steps.jsonl").open("a", encoding="utf-8") as steps_file,
+        (run.path / "validation.jsonl").open("a", encoding="utf-8") as validation_file,
     ):
         task = bar.add_task("", total=steps)
 
         def on_step(step: dict[str, Any], total: int) -> None:
             losses.append(step["loss"])
-            if step["step"] == 1:
+            here = step["step"] - start
+            if here == 1:
                 # Now, because what is switched on for the training alone is on.
                 replaced.update(patched(model.network, trainer))
                 told = (
                     "; ".join(f"{name} ({count})" for name, count in replaced.items()) or "nothing, the original code"
                 )
                 bar.console.print(f"patched: {told}", markup=False)
-            if step["step"] == min(_FIRST_STEPS, total):
-                whole = (time.perf_counter() - loaded) / step["step"] * total
-                bar.console.print(f"by the first {step['step']} steps, training will take about {duration(whole)}")
+            each = (time.perf_counter() - loaded) / here
+            if here == min(_FIRST_STEPS, total):
+                bar.console.print(f"by the first {here} steps, training will take about {duration(each * total)}")
             bar.update(task, completed=step["step"], total=total)
-            if step["step"] % settings.log_every == 0 or step["step"] in (1, total):
+            if step["step"] % settings.log_every == 0 or step["step"] in (start + 1, total):
                 rate = step["supervised_tokens"] / max(step["seconds"], 1e-9)
-                left = (time.perf_counter() - loaded) / step["step"] * (total - step["step"])
                 bar.console.print(
                     f"step {step['step']:>5}/{total}  loss {step['loss']:.4f}  grad {step['grad_norm']:.3f}  "
-                    f"lr {step['learning_rate']:.2e}  {rate:,.0f} answer tokens/s  {left:,.0f} s left",
+                    f"lr {step['learning_rate']:.2e}  {rate:,.0f} answer tokens/s  "
+                    f"{each * (total - step['step']):,.0f} s left",
                     markup=False,
                 )
 
         def on_validation(step: int, metrics: dict[str, float], better: bool) -> None:
             validation_file.write(json.dumps({"step": step, **metrics}) + "\n")
+            validation_file.flush()
             told = f"validation at step {step}: {validation.told(metrics)}" + ", the best so far" * better
             bar.console.print(told, markup=False)
 
@@ -394,7 +272,10 @@ def train(
         )
         stop = StopEarly(early, settings.log_every) if early else None
         watched = Watched(watch) if watch else None
+        # Whoever looks on measures steps, and no checkpoints. The last callback has the last word on saving.
+        safe = Safekeeping(math.inf if watch else settings.checkpoint_minutes, _bad_steps(choice))
         trainer = RecipeTrainer(
+            run=run,
             sampler=Drawn(classes, drawn, settings.seed),
             objective=objective,
             validate=validation,
@@ -405,18 +286,29 @@ def train(
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
             data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3", watch),
-            callbacks=[record, checks, *([stop] if stop else []), *([watched] if watched else [])],
+            callbacks=[record, checks, *([watched] if watched else []), safe, *([stop] if stop else [])],
         )
+        trainer.supervised_tokens = sum(line["supervised_tokens"] for line in before)
         record.trainer = trainer
         if watched:
             watched.trainer = trainer
         loaded = time.perf_counter()
-        trainer.train()
+        with safe.listening(), closing_logs(trainer):
+            trainer.train(str(resume) if resume else None)
         trained = time.perf_counter()
+        if safe.diverged:
+            raise UserError(
+                f"the gradients of the last {safe.bad} steps were not finite: the training has diverged at step "
+                f"{len(losses)}. Lower --learning-rate or --max-grad-norm and look at the data of these steps; "
+                f"the last good state is kept: {going_on(recipe, run)} --learning-rate "
+                f"{settings.learning_rate / 3:.1g} --accept-changes"
+            )
+        if safe.asked is not None and len(losses) < steps and not (stop and stop.stopped_at):
+            raise Interrupted(
+                f"stopped after step {len(losses)} of {steps}; go on with {going_on(recipe, run)}", 128 + safe.asked
+            )
         if not keep_best:
             save_adapter(model, run, validation.known)
-    # The trainer makes its folder whether or not it has anything to put there.
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     window = max(1, min(10, len(losses) // 5))
     measured: dict[str, Any] = {
         "trainable_parameters": trainable,
@@ -428,7 +320,8 @@ def train(
         "final_loss": sum(losses[-window:]) / window,
         "memory_bytes": {**memory, "peak": memory_in_use(choice.device == "cuda", peak=True)},
         "load_seconds": round(loaded - began, 2),
-        "train_seconds": round(trained - loaded, 2),
+        "train_seconds": round(trainer.seconds_before + trained - loaded, 2),
+        "resumed_from_step": start or None,
     }
     measured.update(
         validation_seconds=round(validation.seconds, 2),
@@ -442,8 +335,45 @@ def train(
         say(f"kept the adapter of step {checks.best_step}, {validation.metric} {checks.best:.4f} on validation")
     if stop and stop.stopped_at:
         say(f"stopped early at step {stop.stopped_at} of {steps}: {settings.early_stopping}")
-    say(f"validating took {validation.seconds / (trained - loaded):.1%} of the time")
+    say(f"validating took {validation.seconds / measured['train_seconds']:.1%} of the time")
     return measured
+
+
+@contextmanager
+def closing_logs(trainer: Any) -> Iterator[None]:
+    """TensorBoard writes in a thread of its own, which would come up with its troubles after we have told of ours."""
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if writer := getattr(callback, "tb_writer", None):
+                with suppress(Exception):
+                    writer.close()
+        raise
+
+
+def _bad_steps(choice: Choice) -> int:
+    """Steps in a row with gradients that are not finite, after which there is no hope. Loss scaling begins too high on
+    purpose and halves at each of them: 16 halvings from 65,536 to 1."""
+    return 3 + (16 if choice.dtype == "float16" else 0)
+
+
+def kept_lines(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The lines of a log up to this step; what came after them, or was cut off, is taken away from the file."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    lines = [line for line in lines if line["step"] <= steps]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def going_on(recipe: Recipe, run: Run) -> str:
+    """The command that goes on with this run."""
+    return f"python -m recipes.{recipe.name} train --resume --run {shlex.quote(str(run.path))}"
 
 
 def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
@@ -467,25 +397,27 @@ def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
 
 
 def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
-    beside = run.path / ".adapter.making"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.network.save_pretrained(beside)
-    model.tokenizer.save_pretrained(beside)
-    if known:
-        known.write(beside)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    beside.replace(run.adapter)
+    with replacing_folder(run.adapter) as beside:
+        model.network.save_pretrained(beside)
+        model.tokenizer.save_pretrained(beside)
+        if known:
+            known.write(beside)
 
 
-def record_choice(
-    run: Run, settings: Settings, chosen: Chosen, choice: Choice, balance: Any = None, preset: str | None = None
-) -> None:
-    """Write down all decisions before anything is computed with them."""
-    write_json(run.path / "choice.json", choice.as_json())
+def decisions(
+    run: Run, settings: Settings, chosen: Chosen, balance: Any = None, preset: str | None = None
+) -> dict[str, Any]:
+    """What training_config.json holds: everything that was decided before anything is computed with it."""
     config: dict[str, Any] = {"base_model": asdict(chosen), "notice": chosen.description, "preset": preset}
+    config["data_sha256"] = data_digest(run)
     config["settings"] = asdict(settings)
     if isinstance(balance, Balance):
         config["balance"] = asdict(balance)
+    return config
+
+
+def record(run: Run, config: dict[str, Any], choice: Choice) -> None:
+    write_json(run.path / "choice.json", choice.as_json())
     write_json(run.config, config)
 
 

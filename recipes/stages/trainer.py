@@ -5,23 +5,29 @@ SFTTrainer, and ours must inherit from whichever is there.
 """
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTTrainer
 
+from recipes.stages import checkpoint
+from recipes.stages.callbacks import Watch
 from recipes.stages.losses import Objective
 from recipes.stages.render import IGNORED, Rendered
-from recipes.stages.stopping import EarlyStopping, Patience
+from recipes.stages.run import Run
 
 
 class Batches:
     """Collator: pads to the longest example. Padding is known by position, never by the pad token's id."""
 
-    def __init__(self, pad_token_id: int, token_types: bool = False, watch: "Watch | None" = None):
+    def __init__(self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None):
         self.pad_token_id = pad_token_id
         # Gemma 3 with its vision tower will not train without being told that no token is an image.
         self.token_types = token_types
@@ -47,41 +53,6 @@ class Batches:
         if self.watch:
             self.watch.batch(batch)
         return batch
-
-
-class Watch(Protocol):
-    """Somebody who looks on at a training, such as bench, which measures the user's own."""
-
-    def batch(self, batch: dict[str, torch.Tensor]) -> None:
-        """A batch was put together. The data loader may be one ahead of the training."""
-
-    def begin(self, trainer: "RecipeTrainer") -> None:
-        """The first step is about to be taken."""
-
-    def step(self) -> None:
-        """A step is done, and the device with it: its loss has been read."""
-
-    def resume(self) -> None:
-        """Something else than training took place, and is over."""
-
-
-class Watched(TrainerCallback):
-    """The trainer's side of a Watch."""
-
-    def __init__(self, watch: Watch):
-        self.watch = watch
-        self.trainer: RecipeTrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self.trainer is not None
-        self.watch.begin(self.trainer)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.watch.step()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.watch.resume()
 
 
 def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -122,10 +93,14 @@ class Drawn(torch.utils.data.Sampler[int]):
 
 class RecipeTrainer(SFTTrainer):
     supervised_tokens: torch.Tensor | int = 0
+    resumed: Any = None
+    seconds_before: float = 0.0
+    began: float = 0.0
     negative_log_likelihood: torch.Tensor | float = 0.0
 
     def __init__(
         self,
+        run: Run,
         sampler: Drawn,
         objective: Objective | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
@@ -138,7 +113,7 @@ class RecipeTrainer(SFTTrainer):
             # such parameters loses every update below their 8 bits.
             parameter.data = data
         self.remove_callback(PrinterCallback)
-        self.sampler, self.objective, self.validate = sampler, objective, validate
+        self.run, self.sampler, self.objective, self.validate = run, sampler, objective, validate
         self.parts: list[int] = []
         """Batches of each optimiser step: at an epoch's end there may be fewer."""
 
@@ -175,6 +150,48 @@ class RecipeTrainer(SFTTrainer):
         # The mass is that of all processes, whose gradients will be averaged.
         return self.objective.loss(log_p, classes, num_items_in_batch) * self.accelerator.num_processes
 
+    # Checkpoints in our own form, in place of the Trainer's: without pickle, whole or absent, with checksums. These are
+    # the methods that it goes through when it resumes.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        state = {
+            "weights": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": random_state(),
+            "seconds": self.seconds_before + time.perf_counter() - self.began,
+        }
+        history = json.dumps(asdict(self.state), sort_keys=True)
+        checkpoint.save(self.run, self.state.global_step, state, history)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            self.resumed = checkpoint.load(Path(resume_from_checkpoint))
+            self.seconds_before = self.resumed["seconds"]
+        self.began = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, *_: Any) -> None:
+        weights = self.resumed["weights"]
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+
+    def _load_optimizer_and_scheduler(self, *_: Any) -> None:
+        if self.resumed is not None:
+            self.optimizer.load_state_dict(self.resumed["optimizer"])
+            self.lr_scheduler.load_state_dict(self.resumed["scheduler"])
+
+    def _load_scaler(self, *_: Any) -> None:
+        if self.resumed is not None and self.resumed["scaler"]:
+            self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+
+    def _load_rng_state(self, *_: Any) -> None:
+        set_random_state(self.resumed["random"])
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """By answers, not by tokens: what counts is whether the code is right."""
         assert self.validate is not None
@@ -186,104 +203,23 @@ class RecipeTrainer(SFTTrainer):
         return metrics
 
 
-class StepRecord(TrainerCallback):
-    """A line of steps.jsonl for every optimiser step."""
-
-    def __init__(self, file: IO[str], on_step: Any):
-        self.file, self.on_step = file, on_step
-        self.trainer: RecipeTrainer | None = None
-        self.seen, self.seen_likelihood = 0, 0.0
-        self.began = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        assert self.trainer is not None
-        total = int(self.trainer.supervised_tokens)
-        step = {
-            "step": state.global_step,
-            "loss": float(logs["loss"]),
-            "grad_norm": float(logs.get("grad_norm", float("nan"))),
-            "learning_rate": logs.get("learning_rate"),
-            "supervised_tokens": total - self.seen,
-            "seconds": round(time.perf_counter() - self.began, 6),
-        }
-        if self.trainer.objective is not None:
-            # The loss may be weighted or focused; this is comparable between runs.
-            likelihood = float(self.trainer.negative_log_likelihood)
-            step["cross_entropy"] = (likelihood - self.seen_likelihood) / max(1, step["supervised_tokens"])
-            self.seen_likelihood = likelihood
-        self.seen = total
-        self.file.write(json.dumps(step) + "\n")
-        self.file.flush()
-        self.on_step(step, state.max_steps)
+def random_state() -> dict[str, Any]:
+    """Of every generator that a training step may draw from: dropout and NEFTune draw from torch's."""
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, numpy.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
-class Validations(TrainerCallback):
-    """Tells of every evaluation, sees to one at the end, and saves the adapter at each that is better than all before
-    where that is wanted: what was reached is never lost again."""
-
-    def __init__(
-        self,
-        metric: str,
-        higher_is_better: bool,
-        save: Callable[[], None] | None,
-        on_evaluation: Callable[[int, dict[str, float], bool], None],
-    ):
-        self.metric, self.sign = metric, 1 if higher_is_better else -1
-        self.save, self.on_evaluation = save, on_evaluation
-        self.best_step, self.best = 0, float("nan")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        # The trainer notes the new best metric in its state only after this.
-        before, now = state.best_metric, metrics[self.metric]
-        better = before is None or self.sign * now > self.sign * before
-        if better:
-            self.best_step, self.best = state.global_step, now
-            if self.save:
-                self.save()
-        self.on_evaluation(state.global_step, metrics, better)
-
-
-class StopEarly(TrainerCallback):
-    """Ends training when its patience is exhausted. What it knows follows from the trainer's log alone, which is part
-    of every checkpoint: a resumed run counts on where it was."""
-
-    def __init__(self, rule: EarlyStopping, every: int):
-        self.rule, self.every = rule, every
-        self.patience, self.losses = Patience(rule), list[float]()
-        self.stopped_at: int | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.patience, self.losses = Patience(self.rule), []
-        for logs in state.log_history:
-            self._see(logs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if self._see(logs or {}) and self.stopped_at is None:
-            self.stopped_at = state.global_step
-            control.should_training_stop = True
-            control.should_evaluate = True
-
-    def _see(self, logs: dict[str, float]) -> bool:
-        """Whether patience is exhausted by this."""
-        if self.rule.watch == "validation":
-            return "eval_loss" in logs and self.patience.exhausted(logs["eval_loss"])
-        if "loss" not in logs:
-            return False
-        self.losses.append(float(logs["loss"]))
-        if len(self.losses) < self.every:
-            return False
-        mean = sum(self.losses) / self.every
-        self.losses.clear()
-        return self.patience.exhausted(mean)
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None) -> Any:

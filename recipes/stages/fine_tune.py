@@ -1,0 +1,214 @@
+"""The whole of a training, around train.train: decisions before anything is written, and what happens when it is
+stopped, runs out of memory, or a backend dies."""
+
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fallback.choose import BACKENDS, CannotRun, Choice, choose
+from recipes.stages import checkpoint, prepare, resume, train
+from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
+from recipes.stages.console import held_back, say
+from recipes.stages.recipe import Recipe, Settings, StartOver, UserError
+from recipes.stages.run import Run, as_system_error, environment, explained, read_json, write_json
+from recipes.stages.stopping import EarlyStopping
+
+
+def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen, Choice, Settings]:
+    """Every decision first, then the data, then the training; nothing is written before the decisions stand. `watch`
+    is a callbacks.Watch that looks on."""
+    begun = resume.begun(recipe, args.run) if args.resume else None
+    if begun is None and args.run is None and watch is None:
+        offer_to_resume(recipe)
+    chosen = settle(recipe, args.size, args.weights, args.model)
+    settings: Settings = args.settings
+    EarlyStopping.parse(settings.early_stopping)
+    if recipe.closed and settings.attention == "flash_attention_2":
+        raise UserError(
+            "--attention flash_attention_2: codes are scored under masks that it cannot be given; use --attention sdpa"
+        )
+    say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
+    if chosen.weights == "pretrained":
+        published_config(chosen)
+    failed = backends_that_died(args.run)
+    choice = choose(
+        model_type(recipe, chosen),
+        args.backend,
+        settings.quantization,
+        settings.optimizer,
+        attention=settings.attention,
+        failed=failed,
+    )
+    say(f"backend {choice.backend}: {choice.reasons['backend']}")
+    if args.preset:
+        say(
+            f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
+        )
+    if begun is not None and args.source is not None:
+        raise UserError("--resume: the data are those of the run; leave --source away")
+    if args.run is not None and Run(args.run).prepared and args.source is None:
+        run = Run(args.run)
+        prepare.tell(run, read_json(run.data / "metadata.json"))
+    else:
+        run = prepare.prepare(
+            recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
+        )
+    with run.locked(), held_back(run.logs / "libraries.log"):
+        start = begin(recipe, run, args, chosen, choice, begun)
+        try:
+            metrics = train.train(recipe, run, settings, chosen, choice, args.balance, watch, start)
+        except (UserError, CannotRun):
+            raise
+        except Exception as error:
+            if refused := as_system_error(error):
+                refused.filename = refused.filename or str(run.path)
+                raise UserError(f"{explained(refused)}, then go on with {train.going_on(recipe, run)}") from error
+            if out_of_memory(error) and args.auto_batch and watch is None and settings.batch_size > 1:
+                raise StartOver(smaller_batch(run, settings, start)) from error
+            if out_of_memory(error):
+                raise UserError(less_memory(recipe, settings, args.preset)) from error
+            if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
+                raise
+            raise StartOver(step_down(run, choice, error)) from error
+        run.add_metrics(base_model=asdict(chosen), train=metrics)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        say(
+            f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
+            f"adapter in {run.adapter}"
+        )
+    return run, chosen, choice, settings
+
+
+def begin(
+    recipe: Recipe, run: Run, args: Any, chosen: Chosen, choice: Choice, begun: resume.Begun | None
+) -> Path | None:
+    """Write down what was decided, and find the checkpoint to go on from."""
+    config = train.decisions(run, args.settings, chosen, args.balance, args.preset)
+    if begun is None:
+        run.forget_training()
+        write_json(run.path / "environment.json", environment())
+        train.record(run, config, choice)
+        return None
+    changes = begun.changes(config, choice)
+    if changes and not args.accept_changes:
+        raise UserError(
+            f"--resume: {run.path} was begun differently ({'; '.join(changes)}); --accept-changes goes on all the same"
+        )
+    if changes:
+        say(f"changed since {run.path} was begun: {'; '.join(changes)}")
+        config["changes"] = [*begun.config.get("changes", []), *changes]
+        train.record(run, config, choice)
+    before, now = read_json(run.path / "environment.json")["versions"], environment()["versions"]
+    if other := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+        say(f"other versions than at its beginning, so the result may differ in its last digits: {', '.join(other)}")
+    start, damaged = checkpoint.newest(run)
+    for complaint in damaged:
+        say(f"damaged and not used: {complaint}")
+    say(f"going on with {run.path} after step {checkpoint.step_of(start)}")
+    return start
+
+
+def offer_to_resume(recipe: Recipe) -> None:
+    for run in resume.newest_first(recipe)[:1]:
+        start, _ = checkpoint.newest(run)
+        if run.unfinished and start is not None:
+            say(
+                f"{run.path} stopped after step {checkpoint.step_of(start)}; this is a new run, "
+                f"and that one goes on with {train.going_on(recipe, run)}"
+            )
+
+
+def steps_done(run: Run) -> bool:
+    record = run.path / "steps.jsonl"
+    return record.is_file() and record.stat().st_size > 0
+
+
+def backends_that_died(path: Path | None) -> dict[str, str]:
+    """Backend -> how, in an attempt of this very run."""
+    record = path and path / "stepped_down.json"
+    return read_json(record) if record and record.is_file() else {}
+
+
+def step_down(run: Run, choice: Choice, error: Exception) -> dict[str, str]:
+    """Before the first step nothing is lost yet: the flags that take the next rung of the ladder."""
+    traceback.print_exception(error)
+    (reason, *_) = str(error).strip().splitlines() or [""]
+    died = f"it died before its first step was done ({type(error).__name__}: {reason})"
+    write_json(run.path / "stepped_down.json", {choice.backend: died})
+    say(f"{choice.backend}: {died}; the whole message is in {run.logs / 'libraries.log'}; stepping down")
+    return {"--run": str(run.path)}
+
+
+def smaller_batch(run: Run, settings: Settings, start: Path | None) -> dict[str, str]:
+    """The same optimiser steps with half the memory."""
+    whole = settings.batch_size * settings.accumulation
+    half = max(size for size in range(1, settings.batch_size // 2 + 1) if whole % size == 0)
+    accumulation = whole // half
+    was = f"{settings.batch_size} x {settings.accumulation}"
+    say(f"out of memory at batch {was}: going on with {half} x {accumulation}")
+    flags = {"--run": str(run.path), "--batch-size": str(half), "--accumulation": str(accumulation)}
+    return {**flags, "--resume": "", "--accept-changes": ""}
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a GPU it is a class of its own, on a CPU a message."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def less_memory(recipe: Recipe, settings: Settings, preset: str | None) -> str:
+    """What to change first when training ran out of memory."""
+    effective = settings.batch_size * settings.accumulation
+    smaller = [name for name, values in recipe.presets.items() if values.get("batch_size", 99) < settings.batch_size]
+    if smaller:
+        remedy = f"take --preset {smaller[-1]}"
+    elif settings.batch_size > 1:
+        half = settings.batch_size // 2
+        remedy = f"take --batch-size {half} --accumulation {effective // half}, the same step with half the memory"
+    elif not settings.checkpointing:
+        remedy = "take --checkpointing"
+    elif settings.quantization != "4bit":
+        remedy = "take --quantization 4bit"
+    else:
+        remedy = f"take --max-length {max(64, settings.max_length // 2)}, or a smaller --lora-rank"
+    return (
+        f"out of memory at batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
+        f"{f' (preset {preset})' if preset else ''}: {remedy}"
+    )
+
+
+@contextmanager
+def starting_over(recipe: Recipe, given: list[str]) -> Iterator[None]:
+    """Give the same command again where that is needed: a process that loaded one backend is no place for another, and
+    one that ran out of memory keeps holes in what it has."""
+    try:
+        yield
+    except StartOver as again:
+        flags = [part for name, value in again.flags.items() for part in ([name, value] if value else [name])]
+        command = [sys.executable, "-m", f"recipes.{recipe.name}", *without(given, again.flags), *flags]
+        say(f"again: {shlex.join(command[1:])}")
+        os.execv(command[0], command)
+
+
+def without(given: Sequence[str], flags: Iterable[str]) -> list[str]:
+    """The arguments without these flags, --source among them, and without their values."""
+    taken = {flag.replace("_", "-") for flag in flags} | {"--source"}
+    kept, skip = [], False
+    for part in given:
+        name, sign, _ = part.partition("=")
+        if part.startswith("--"):
+            skip = name.replace("_", "-") in taken
+            if not skip:
+                kept.append(part)
+            skip = skip and not sign
+        elif skip:
+            skip = False
+        else:
+            kept.append(part)
+    return kept

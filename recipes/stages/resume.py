@@ -1,0 +1,95 @@
+"""Going on with a training that was stopped: where it stands, and whether it is still the same training."""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fallback.choose import Choice
+from recipes.stages import run as runs
+from recipes.stages.base_model import Chosen
+from recipes.stages.recipe import Balance, Recipe, Settings, UserError
+from recipes.stages.run import Run, read_json
+
+# What may change without changing what is learned.
+_HARMLESS = ("checkpoint_minutes",)
+_DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A training as it was begun: the defaults of its continuation."""
+
+    run: Run
+    config: dict[str, Any]
+    choice: dict[str, Any]
+
+    @property
+    def settings(self) -> Settings:
+        return _from_json(Settings, self.config["settings"])
+
+    @property
+    def balance(self) -> Balance | None:
+        return _from_json(Balance, self.config["balance"]) if "balance" in self.config else None
+
+    @property
+    def chosen(self) -> Chosen:
+        return Chosen(**self.config["base_model"])
+
+    def changes(self, config: dict[str, Any], choice: Choice) -> list[str]:
+        """What is not as it was, a line each."""
+        before, now = _flat(self.config, self.choice), _flat(config, choice.as_json())
+        return [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+
+
+def begun(recipe: Recipe, path: Path | None) -> Begun:
+    """The training to go on with: in the folder that is named, else the newest that has not come to its end."""
+    if path is None:
+        found = [run for run in newest_first(recipe) if run.unfinished]
+        if not found:
+            raise UserError(f"--resume: no unfinished training of {recipe.name} in {runs.ROOT / recipe.name}")
+        run = found[0]
+    else:
+        run = Run(path)
+        if not run.config.is_file():
+            raise UserError(f"--resume: no training was begun in {path}")
+        if not run.unfinished:
+            raise UserError(f"--resume: the training in {path} came to its end; there is nothing to go on with")
+    try:
+        found_here = Begun(run, read_json(run.config), read_json(run.path / "choice.json"))
+        _ = found_here.settings, found_here.balance, found_here.chosen
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--resume: {run.path} cannot be read ({error}); train again without --resume") from None
+    return found_here
+
+
+def newest_first(recipe: Recipe) -> list[Run]:
+    folders = sorted((runs.ROOT / recipe.name).glob("*"), reverse=True)
+    return [Run(folder) for folder in folders if folder.is_dir()]
+
+
+def data_digest(run: Run) -> str:
+    """Of what is trained on and validated with."""
+    digest = hashlib.sha256()
+    for name in ("train.jsonl", "val.jsonl"):
+        with (run.data / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _flat(config: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    """Names as the user knows them -> JSON values."""
+    settings = {name: value for name, value in config["settings"].items() if name not in _HARMLESS}
+    base = {f"base model's {name}": config["base_model"][name] for name in ("name", "size", "weights")}
+    decided = {f"{name} (choice.json)": choice[name] for name in _DECISIONS}
+    data = {"training data": str(config.get("data_sha256"))[:12]}
+    return json.loads(json.dumps({**settings, **config.get("balance", {}), **base, **decided, **data}))
+
+
+def _from_json(kind: Any, values: dict[str, Any]) -> Any:
+    """A flat dataclass of what JSON made of it."""
+    known = {field.name for field in fields(kind)}
+    return kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+    )
