@@ -120,7 +120,7 @@ class Plan:
     rows: int = 10_000
     """Training examples."""
     gpu: tuple[str, ...] = ()
-    """Cards to ask for, by name or memory, as in --gpu "RTX 4090" 12GB; without it this machine's, else usual ones."""
+    """Cards to ask for: --gpu "RTX 4090" 12GB "Quadro M6000:5.2:12"; without it this machine's, else usual ones."""
     preset: str | None = None
     """As for train."""
     json: bool = False
