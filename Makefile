@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo setup test lint format lock figures clean
+.PHONY: demo setup setup-cu126 test lint format lock figures clean
 
 demo: setup
 	$(BIN)/python -m recipes.gemma3_12b_opercode
@@ -17,6 +17,16 @@ $(VENV)/.installed: requirements.lock
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	@touch $@
 
+# In place of setup, for cards of compute capability 5.0 to 7.0: .venv anew, with the last torch that has kernels for
+# them. Two steps, since only torch and what it brings along may come from its own index.
+setup-cu126:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(BIN)/uv pip install --python $(BIN)/python --index-url https://download.pytorch.org/whl/cu126 \
+		$$(grep '^torch==' requirements-cu126.lock)
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements-cu126.lock
+	@touch $(VENV)/.installed
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -30,8 +40,17 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The second lock holds the same versions for cards below compute capability 7.0: without what needs Triton, and with
+# a torch for CUDA 12.6, whose own CUDA packages come with it in setup-cu126.
 lock: setup
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --group dev pyproject.toml -o requirements.lock
+	@mkdir -p .cache/cu126
+	grep -vE '^ +"(unsloth|xformers|liger-kernel)>=' pyproject.toml > .cache/cu126/pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header \
+		--group .cache/cu126/pyproject.toml:dev .cache/cu126/pyproject.toml --constraints requirements.lock \
+		$$(grep -oE '^(cuda|nvidia-(cu|nc|nv)|torch|triton)[a-z0-9-]*' requirements.lock | sed 's/^/--no-emit-package=/') \
+		-o requirements-cu126.lock
+	sed -nE 's/^(torch==[0-9.]+) .*/\1+cu126/p' requirements.lock >> requirements-cu126.lock
 
 # README's tables and picture, from results/.
 figures: setup

@@ -18,11 +18,6 @@ class Gpu:
         """In hardware. torch.cuda.is_bf16_supported() also says yes where it is emulated."""
         return self.capability >= (8, 0)
 
-    @property
-    def triton(self) -> bool:
-        """Whether Triton compiles for this card: it refuses below 7.0."""
-        return self.capability >= (7, 0)
-
 
 @cache
 def read_gpu() -> Gpu | None:

@@ -13,6 +13,7 @@ import tyro
 
 from fallback.choose import Backend, CannotRun, Choice, choose
 from fallback.gpu import Gpu, read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages import chat, evaluate, history, plan, predict, prepare, stats, train
 from recipes.stages.base_model import (
     Chosen,
@@ -285,7 +286,7 @@ def settings_in_force(recipe: Recipe, given: list[str]) -> tuple[Settings, str |
     # A value that tyro will refuse in a moment is none of our business here.
     sound = known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained")
     full = sound and settle(recipe, known.size, known.weights, known.model).size == "full"
-    preset = known.preset or (preset_for(recipe, read_gpu()) if full else None)
+    preset = known.preset or (preset_for(recipe, usable_gpu()) if full else None)
     if preset is not None and preset not in recipe.presets:
         raise UserError(f"--preset {preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}")
     changes = dict(recipe.presets[preset]) if preset is not None else {}
@@ -368,6 +369,8 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         attention=settings.attention,
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
+    if choice.device == "cpu" and read_gpu() is not None:
+        say(choice.reasons["device"])
     if args.preset:
         say(
             f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
