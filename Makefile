@@ -1,8 +1,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# What breaks first with older versions: imports, the ladder, the losses, and a recipe under each backend.
+OLDEST_TESTS := tests/test_imports.py tests/test_choose.py tests/test_components.py tests/test_portable_loss.py \
+	tests/test_losses.py 'tests/test_e2e.py::test_every_backend_learns_the_same[gemma2_2b_ohlora-unsloth]' \
+	'tests/test_e2e.py::test_a_recipe_trains_saves_reloads_and_answers[gemma2_2b_ohlora-unsloth]' \
+	'tests/test_e2e.py::test_a_recipe_trains_saves_reloads_and_answers[gemma2_2b_ohlora-peft]'
 
-.PHONY: demo setup setup-cu126 test lint format lock figures clean
+.PHONY: demo setup setup-cu126 test test-oldest lint format lock figures clean
 
 demo: setup
 	$(BIN)/python -m recipes.gemma3_12b_opercode
@@ -27,8 +33,19 @@ setup-cu126:
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements-cu126.lock
 	@touch $(VENV)/.installed
 
-test: setup
+test: setup test-oldest
 	$(BIN)/python -m pytest
+
+# The oldest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+$(OLDEST)/.installed: pyproject.toml | setup
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(OLDEST)/bin/python --group dev pyproject.toml \
+		-o $(OLDEST)/requirements.txt
+	$(BIN)/uv pip sync --quiet --python $(OLDEST)/bin/python $(OLDEST)/requirements.txt
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,4 +74,4 @@ figures: setup
 	$(BIN)/python -m bench figures
 
 clean:
-	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) .cache runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

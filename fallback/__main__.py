@@ -10,7 +10,7 @@ from fallback.choose import Choice, choose
 from fallback.components import Component, components, dotted
 from fallback.gpu import Gpu, read_gpu
 from fallback.probe import Failed
-from fallback.torch_build import TorchBuild, read_build, why_unusable
+from fallback.torch_build import TorchBuild, read_build, unusable
 
 ARCHITECTURES = ("gemma3_text", "llama", "gpt_neox", "gemma2")
 DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer")
@@ -29,10 +29,7 @@ def main() -> None:
         build = read_build()
     except Failed as failed:
         parser.exit(1, f"error: torch: {failed}; install everything anew: make clean setup\n")
-    choices = {
-        name: choose(name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build)
-        for name in ARCHITECTURES
-    }
+    choices = chosen(gpu, build)
     found = components(gpu, build)
     if arguments.json:
         print(json.dumps(as_json(gpu, build, choices, found), indent=2))
@@ -40,12 +37,20 @@ def main() -> None:
         print("\n".join(lines(gpu, build, choices, found)))
 
 
+def chosen(gpu: Gpu | None, build: TorchBuild | None) -> dict[str, Choice]:
+    """By architecture, for a recipe that asks for 4 bits and the paged optimiser."""
+    return {
+        name: choose(name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build)
+        for name in ARCHITECTURES
+    }
+
+
 def as_json(
     gpu: Gpu | None, build: TorchBuild, choices: dict[str, Choice], found: dict[str, Component]
 ) -> dict[str, Any]:
     return {
         "gpu": asdict(gpu) if gpu else None,
-        "torch": {**asdict(build), "usable": gpu is None or build.runs_on(gpu.capability)},
+        "torch": {**asdict(build), "usable": gpu is None or unusable(gpu, build) is None},
         "choice": {name: choice.as_json() for name, choice in choices.items()},
         "components": {name: asdict(component) for name, component in found.items()},
     }
@@ -56,22 +61,27 @@ def lines(gpu: Gpu | None, build: TorchBuild, choices: dict[str, Choice], found:
         f"gpu    {_named(gpu)}",
         f"torch  {build.version}, CUDA {build.cuda or 'none'}: {' '.join(build.architectures) or 'for CPUs alone'}",
     ]
-    idle = why_unusable(gpu, build) if gpu else None
-    if idle:
-        told.append(f"       {idle}")
+    idle = unusable(gpu, build) if gpu else None
+    told += [f"       {line}" for line in idle or ()]
     told.append("")
     for name, component in found.items():
         told.append(f"{'yes' if component.usable else 'no':<4} {name:<19} {component.reason}")
         if component.remedy:
             told.append(f"{'':<24} {component.remedy}")
+    told += blocks(choices, "everything runs on the CPU, see above" if idle else None)
+    if idle and gpu is not None and idle[1].startswith("pip install"):
+        told += ["", "with the torch that this command installs", *blocks(chosen(gpu, None), None)]
+    return told
+
+
+def blocks(choices: dict[str, Choice], device: str | None) -> list[str]:
+    """A paragraph for each choice, architectures with the same one together."""
     same: dict[str, list[str]] = {}
     for name, choice in choices.items():
-        why = {**choice.reasons, **({"device": "everything runs on the CPU, see above"} if idle else {})}
+        why = {**choice.reasons, **({"device": device} if device else {})}
         text = "\n".join(f"  {what:<13} {getattr(choice, what):<17} {why[what]}" for what in DECISIONS)
-        same.setdefault(f"{text}\n  {'loss':<31} {choice.reasons['loss']}", []).append(name)
-    for text, names in same.items():
-        told += ["", ", ".join(names), text]
-    return told
+        same.setdefault(f"{text}\n  {'loss':<31} {why['loss']}", []).append(name)
+    return [line for text, names in same.items() for line in ("", ", ".join(names), text)]
 
 
 def _named(gpu: Gpu | None) -> str:

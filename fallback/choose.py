@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fallback import components
 from fallback.gpu import Gpu, read_gpu
 from fallback.probe import Failed
-from fallback.torch_build import TorchBuild, read_build, why_unusable
+from fallback.torch_build import TorchBuild, read_build, unusable
 
 BackendName = Literal["unsloth", "peft+liger", "peft"]
 Backend = Literal["auto", "unsloth", "peft+liger", "peft"]
@@ -97,9 +97,9 @@ def choose(
     reasons = {"device": "no usable NVIDIA GPU"}
     if gpu is not None:
         reasons["device"] = f"{gpu.name}, compute capability {components.dotted(gpu.capability)}"
-    idle = why_unusable(gpu, build) if gpu is not None and build is not None else None
+    idle = "; ".join(unusable(gpu, build) or ()) if gpu is not None and build is not None else ""
     backend, reasons["backend"] = _backend(requested, gpu, model_type, idle)
-    if idle is not None:
+    if idle:
         gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
     dtype, reasons["dtype"] = _dtype(gpu, model_type)
@@ -126,7 +126,7 @@ def choose(
     return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton.usable, reasons)
 
 
-def _backend(requested: Backend, gpu: Gpu | None, model_type: str, idle: str | None) -> tuple[BackendName, str]:
+def _backend(requested: Backend, gpu: Gpu | None, model_type: str, idle: str) -> tuple[BackendName, str]:
     if requested != "auto":
         obstacle = why_not(requested, gpu, model_type, idle)
         if obstacle:
@@ -151,7 +151,7 @@ def _way(model_type: str) -> str:
     return f"; it has no code of its own for {model_type}, which takes its generic path"
 
 
-def why_not(backend: BackendName, gpu: Gpu | None, model_type: str, idle: str | None = None) -> str | None:
+def why_not(backend: BackendName, gpu: Gpu | None, model_type: str, idle: str = "") -> str | None:
     """The obstacle between this machine and a backend, or None. `idle`: why torch cannot use the GPU that is there."""
     if backend == "unsloth":
         return components.unsloth(None if idle else gpu).obstacle

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fallback.gpu import Gpu, read_gpu
 from fallback.probe import Failed, probe
-from fallback.torch_build import TorchBuild, remedy
+from fallback.torch_build import TorchBuild, remedy, unusable
 
 _UNSLOTH = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "triton", "torchvision")
 # CUDA version of a binary in bitsandbytes 0.50.2 -> the lowest compute capability it has kernels for.
@@ -33,9 +33,10 @@ class Component:
 
     @property
     def obstacle(self) -> str | None:
+        """The reason, with the command where one helps: a reason that names a capability needs no word about cards."""
         if self.usable:
             return None
-        return f"{self.reason} ({self.remedy})" if self.remedy else self.reason
+        return f"{self.reason} ({self.remedy})" if self.remedy and not self.remedy.startswith("a card") else self.reason
 
 
 def components(gpu: Gpu | None, build: TorchBuild | None) -> dict[str, Component]:
@@ -50,9 +51,11 @@ def components(gpu: Gpu | None, build: TorchBuild | None) -> dict[str, Component
         "torch.compile": torch_compile(gpu),
         "bf16": bf16(gpu),
     }
-    if gpu is None or build is None or build.runs_on(gpu.capability):
+    obstacle = unusable(gpu, build) if gpu is not None and build is not None else None
+    if obstacle is None:
         return found
-    idle = Component(False, f"torch {build.version} has no kernels for this card", remedy(gpu))
+    # What the card itself forbids stays the reason: no torch helps there.
+    idle = Component(False, obstacle[0].partition(": ")[0], obstacle[1])
     return {name: idle if component.usable else component for name, component in found.items()}
 
 

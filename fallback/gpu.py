@@ -12,6 +12,8 @@ class Gpu:
     capability: tuple[int, int]
     memory_bytes: int
     driver: str | None = None
+    driver_cuda: int | None = None
+    """The newest major version of CUDA that the driver runs."""
 
     @property
     def bf16(self) -> bool:
@@ -45,6 +47,7 @@ def read_gpu() -> Gpu | None:
             capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
             memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
             driver=pynvml.nvmlSystemGetDriverVersion(),
+            driver_cuda=pynvml.nvmlSystemGetCudaDriverVersion() // 1000,
         )
     except pynvml.NVMLError:
         return None

@@ -60,29 +60,34 @@ def read_build() -> TorchBuild:
     return TorchBuild(name, cuda, tuple(architectures))
 
 
-def why_unusable(gpu: Gpu, build: TorchBuild) -> str | None:
+def unusable(gpu: Gpu, build: TorchBuild) -> tuple[str, str] | None:
     """Why this torch cannot use this card, and what would mend it; None where it can."""
-    if build.runs_on(gpu.capability):
-        return None
     card = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
-    if build.cuda is None:
-        obstacle = f"torch {build.version} was built without CUDA, so {card}, stays idle"
-    else:
-        obstacle = f"torch {build.version} has no kernels for {card}: its CUDA {build.cuda} build holds " + (
-            " ".join(build.architectures) or "none"
-        )
-    return f"{obstacle}; {remedy(gpu)}"
+    if build.cuda_version is None:
+        return f"torch {build.version} was built without CUDA, so {card}, stays idle", remedy(gpu)
+    if not build.runs_on(gpu.capability):
+        held = " ".join(build.architectures) or "none"
+        return f"torch {build.version} has no kernels for {card}: its CUDA {build.cuda} build holds {held}", remedy(gpu)
+    if gpu.driver_cuda is not None and gpu.driver_cuda < build.cuda_version[0]:
+        known = f"driver {gpu.driver} knows CUDA {gpu.driver_cuda} at the most"
+        newer = f"a newer NVIDIA driver, one for CUDA {build.cuda_version[0]}"
+        older = f", or {_install('cu126')}" if gpu.driver_cuda == 12 and gpu.capability < (10, 0) else ""
+        return f"torch {build.version} is built for CUDA {build.cuda}, and {known}", newer + older
+    return None
 
 
 def remedy(gpu: Gpu) -> str:
     """The command that installs a torch with kernels for this card."""
     if gpu.capability < (5, 0):
         return "no torch that these recipes run with has any; a card of capability 5.0 is needed"
+    return _install("cu126" if gpu.capability < (7, 5) else "cu130")
+
+
+def _install(cuda: str) -> str:
     # torchvision belongs to one torch and one CUDA: left as it is, neither Unsloth nor TRL would import any more.
-    if gpu.capability < (7, 5):
-        cuda, torch, torchvision = "cu126", LAST_CU126, ITS_TORCHVISION
-    else:
-        cuda, torch, torchvision = "cu130", version("torch") or LAST_CU126, version("torchvision") or ITS_TORCHVISION
+    torch, torchvision = LAST_CU126, ITS_TORCHVISION
+    if cuda != "cu126":
+        torch, torchvision = version("torch") or torch, version("torchvision") or torchvision
     torch, torchvision = (text.partition("+")[0] for text in (torch, torchvision))
     return f"pip install torch=={torch}+{cuda} torchvision=={torchvision}+{cuda} --index-url {_WHEELS}/{cuda}"
 
@@ -91,6 +96,6 @@ def usable_gpu() -> Gpu | None:
     """The GPU of this machine, unless the installed torch cannot compute on it."""
     gpu = read_gpu()
     try:
-        return gpu if gpu is not None and read_build().runs_on(gpu.capability) else None
+        return gpu if gpu is not None and unusable(gpu, read_build()) is None else None
     except Failed:
         return None

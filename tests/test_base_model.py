@@ -118,3 +118,11 @@ def test_auto_is_full_with_a_gpu_and_weights_at_hand(monkeypatch: pytest.MonkeyP
     assert auto_size("nobody/has-this-model", None) == "tiny"
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert auto_size(str(tmp_path), None) == "full"
+
+
+def test_a_card_that_torch_cannot_use_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the torch that is installed: none that these recipes run with has kernels for this card."""
+    from fallback.cards import card
+
+    monkeypatch.setattr("fallback.torch_build.read_gpu", lambda: card("Tesla K40:3.5:12"))
+    assert settle(recipe("llama_1b_civil"), "auto", "random").size == "tiny"

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, recipe
 
+from fallback.cards import card
 from fallback.gpu import Gpu
-from recipes.stages.cli import less_memory, out_of_memory, preset_for
+from recipes.stages.cli import less_memory, out_of_memory, preset_for, run_command
+from recipes.stages.recipe import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPERCODE = "recipes.gemma3_12b_opercode"
@@ -82,6 +84,17 @@ def test_a_backend_that_cannot_run(command: Command, tmp_path: Path) -> None:
     done = command(OPERCODE, "--backend", "unsloth", env={"UNSLOTH_DISABLE_CPU_FALLBACK": "1"})
     refused(done, "--backend unsloth cannot run here", "UNSLOTH_DISABLE_CPU_FALLBACK", "--backend peft")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_that_stays_idle_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("fallback.torch_build", "fallback.choose", "recipes.stages.cli"):
+        monkeypatch.setattr(f"{module}.read_gpu", lambda: card("Tesla K40:3.5:12"))
+    with pytest.raises(UserError, match=r"none\.csv"):
+        run_command(recipe("llama_1b_civil"), ["train", "--backend", "peft", "--source", "none.csv"])
+    printed = capsys.readouterr().out
+    assert "size tiny" in printed
+    assert "everything runs on the CPU: torch" in printed
+    assert "has no kernels for Tesla K40, compute capability 3.5" in printed
 
 
 def test_answering_needs_a_trained_run(command: Command) -> None:

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,20 @@ def test_which_code_runs_on_which_card(held: str, capability: tuple[int, int], r
 
 
 def test_a_torch_for_cpus_leaves_every_card_idle() -> None:
-    why = torch_build.why_unusable(card("L4"), TorchBuild("2.13.0+cpu", None, ()))
-    assert why is not None
+    why, mends = torch_build.unusable(card("L4"), TorchBuild("2.13.0+cpu", None, ())) or ("", "")
     assert "was built without CUDA" in why
-    assert "/whl/cu130" in why
+    assert "/whl/cu130" in mends
+
+
+def test_a_driver_older_than_torch_s_cuda_is_found() -> None:
+    here = replace(card("RTX 3060"), driver="550.54", driver_cuda=12)
+    why, mends = torch_build.unusable(here, CU130) or ("", "")
+    assert "built for CUDA 13.0, and driver 550.54 knows CUDA 12 at the most" in why
+    assert "a newer NVIDIA driver" in mends
+    assert "torch==2.14.1+cu126" in mends
+    assert torch_build.unusable(here, CU126) is None
+    _, mends = torch_build.unusable(replace(here, capability=(12, 0)), CU130) or ("", "")
+    assert "cu126" not in mends, "that one has no kernels for it"
 
 
 def test_each_obstacle_names_what_would_mend_it() -> None:
@@ -150,6 +161,10 @@ def test_the_report_on_a_card_that_is_not_here(command: Command) -> None:
     assert done.returncode == 0, done.stderr
     assert "Quadro M6000, compute capability 5.2, 12.0 GiB, described and not here" in done.stdout
     assert "a card of capability 7.0" in done.stdout
+    if not read_build().runs_on((5, 2)):
+        now, _, then = done.stdout.partition("with the torch that this command installs")
+        assert "everything runs on the CPU, see above" in now
+        assert "cuda              Quadro M6000, compute capability 5.2" in then
     whole = json.loads(command("fallback", "--gpu", "Quadro M6000:5.2:12", "--json").stdout)
     assert set(whole) == {"gpu", "torch", "choice", "components"}
     assert whole["gpu"]["capability"] == [5, 2]
