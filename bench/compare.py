@@ -26,7 +26,8 @@ from bench.recipes import NAMES
 from bench.results import changes
 from bench.summary import summarise
 from fallback.choose import BACKENDS, BackendName, why_not
-from fallback.gpu import Gpu, read_gpu
+from fallback.gpu import Gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages.base_model import Weights, architecture, model_type, settle
 from recipes.stages.console import duration, say
 from recipes.stages.recipe import Recipe, UserError
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> None:
     args = tyro.cli(Compare, prog="python -m bench compare", args=arguments)
     folder, args, seed = settle_folder(args, arguments)
     recipes, backends, phases = asked_for(args)
-    gpu = read_gpu()
+    gpu = usable_gpu()
     sizes = read_json(folder / "plan.json").get("sizes") or {r.name: size_for(r, args, gpu) for r in recipes}
     grid = Grid(
         recipes, backends, args.repeats,

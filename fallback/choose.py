@@ -4,22 +4,17 @@ Importing this module imports no torch: a backend has to be chosen before any li
 """
 
 import ctypes
-import hashlib
 import importlib
-import importlib.util
-import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from fallback import components
 from fallback.gpu import Gpu, read_gpu
+from fallback.probe import Failed
+from fallback.torch_build import TorchBuild, read_build, unusable
 
 BackendName = Literal["unsloth", "peft+liger", "peft"]
 Backend = Literal["auto", "unsloth", "peft+liger", "peft"]
@@ -27,7 +22,6 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft+liger", "peft")
 """Fastest first; the last runs wherever torch does."""
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
-_CACHE = Path(__file__).parents[1] / ".cache" / "probes"
 
 
 class CannotRun(Exception):
@@ -56,6 +50,13 @@ class Choice:
             # made a step 20 times slower here. Waiting passively costs nothing on a quiet machine.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             _keep_freed_memory()
+            if read_gpu() is not None:
+                # A card that torch has no kernels for would still answer torch.cuda.is_available() with yes.
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        elif not self.triton:
+            # Inductor writes Triton. transformers compiles generate() by itself where a published generation_config
+            # names a static cache, as Gemma's do, and bitsandbytes wraps its operations for want of better ones.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         return importlib.import_module(_MODULES[self.backend])
 
     def as_json(self) -> dict[str, Any]:
@@ -83,60 +84,56 @@ def choose(
     optimizer: str = "adamw_torch",
     gpu: Gpu | Literal["read"] | None = "read",
     attention: Attention = "auto",
+    build: TorchBuild | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. `failed` are
-    backends that were tried and died, each with how."""
+    """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. Without
+    `build` this machine's GPU is judged by the installed torch, and a described one by a torch that fits it. `failed`
+    are backends that were tried and died, each with how."""
     if gpu == "read":
         gpu = read_gpu()
-    backend, why = _backend(requested, gpu, model_type, failed or {})
-    reasons = {"backend": why}
-
-    if gpu is None:
-        device: Literal["cuda", "cpu"] = "cpu"
-        reasons["device"] = "no usable NVIDIA GPU"
-    else:
-        device = "cuda"
-        reasons["device"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+        if gpu is not None and build is None:
+            try:
+                build = read_build()
+            except Failed as error:
+                raise CannotRun(f"torch: {error}; install it anew") from None
+    reasons = {"device": "no usable NVIDIA GPU"}
+    if gpu is not None:
+        reasons["device"] = f"{gpu.name}, compute capability {components.dotted(gpu.capability)}"
+    idle = "; ".join(unusable(gpu, build) or ()) if gpu is not None and build is not None else ""
+    backend, reasons["backend"] = _backend(requested, gpu, model_type, idle, failed or {})
+    if idle:
+        gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
     dtype, reasons["dtype"] = _dtype(gpu, model_type)
     chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, dtype)
 
-    if quantization == "8bit" and device == "cpu":
+    eight_bit = quantization == "8bit"
+    layers = components.bitsandbytes_8bit(gpu, build) if eight_bit else components.bitsandbytes_4bit(gpu, build)
+    if quantization != "none" and not layers.usable:
         quantization = "none"
-        reasons["quantization"] = "bitsandbytes' 8-bit layers train on GPUs only, so the weights stay at 16 bits"
-    elif quantization != "none" and gpu is not None and gpu.capability < (6, 0):
-        quantization = "none"
-        reasons["quantization"] = (
-            "bitsandbytes has no kernels below compute capability 6.0, so the weights stay unquantised"
-        )
+        reasons["quantization"] = f"the weights stay unquantised: {layers.obstacle}"
     else:
         reasons["quantization"] = "as the recipe asks"
 
-    if device == "cpu" and optimizer != "adamw_torch":
-        reasons["optimizer"] = f"{optimizer} pages between GPU and host memory; on a CPU that is plain AdamW"
+    kernels = components.bitsandbytes_4bit(gpu, build)
+    reasons["optimizer"] = "as the recipe asks"
+    if optimizer != "adamw_torch" and (gpu is None or not kernels.usable):
+        paged = f"{optimizer} pages between GPU and host memory; on a CPU that is plain AdamW"
+        reasons["optimizer"] = paged if gpu is None else f"plain AdamW: {kernels.obstacle}"
         optimizer = "adamw_torch"
-    elif optimizer != "adamw_torch" and gpu is not None and gpu.capability < (6, 0):
-        reasons["optimizer"] = "bitsandbytes has no kernels below compute capability 6.0"
-        optimizer = "adamw_torch"
-    else:
-        reasons["optimizer"] = "as the recipe asks"
 
-    triton = gpu is not None and gpu.triton and importlib.util.find_spec("triton") is not None
-    reasons["loss"] = (
-        "fused LM head in Triton"
-        if triton
-        else "fused LM head in plain torch, since Triton "
-        + ("needs a GPU" if gpu is None else "needs compute capability 7.0" if not gpu.triton else "is not installed")
-    )
-    return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton, reasons)
+    triton = components.triton(gpu)
+    reasons["loss"] = "fused LM head in Triton" if triton.usable else f"fused LM head in plain torch: {triton.reason}"
+    device: Literal["cuda", "cpu"] = "cpu" if gpu is None else "cuda"
+    return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton.usable, reasons)
 
 
 def _backend(
-    requested: Backend, gpu: Gpu | None, model_type: str, failed: Mapping[str, str]
+    requested: Backend, gpu: Gpu | None, model_type: str, idle: str, failed: Mapping[str, str]
 ) -> tuple[BackendName, str]:
     if requested != "auto":
-        obstacle = why_not(requested, gpu, model_type)
+        obstacle = why_not(requested, gpu, model_type, idle)
         if obstacle:
             raise CannotRun(
                 f"--backend {requested} cannot run here: {obstacle}. Use --backend peft, or auto to let it step down"
@@ -144,52 +141,39 @@ def _backend(
         return requested, f"--backend {requested}"
     obstacles: list[str] = []
     for name in BACKENDS:
-        obstacle = failed.get(name) or why_not(name, gpu, model_type)
+        obstacle = failed.get(name) or why_not(name, gpu, model_type, idle)
         if obstacle is None:
             break
         obstacles.append(f"not {name}: {obstacle}")
-    return name, "; ".join(obstacles) or "Unsloth imports and runs here"
+    if name == "unsloth":
+        return name, "Unsloth imports and runs here" + ("" if gpu is None or idle else _way(model_type))
+    return name, "; ".join(obstacles)
 
 
-def why_not(backend: BackendName, gpu: Gpu | None, model_type: str) -> str | None:
-    """The obstacle between this machine and a backend, or None."""
+def _way(model_type: str) -> str:
+    if model_type in components.unsloth_types():
+        return f", with code of its own for {model_type}"
+    return f"; it has no code of its own for {model_type}, which takes its generic path"
+
+
+def why_not(backend: BackendName, gpu: Gpu | None, model_type: str, idle: str = "") -> str | None:
+    """The obstacle between this machine and a backend, or None. `idle`: why torch cannot use the GPU that is there."""
     if backend == "unsloth":
-        return _why_not_unsloth(gpu)
-    return _why_not_liger(gpu, model_type) if backend == "peft+liger" else None
-
-
-def _why_not_liger(gpu: Gpu | None, model_type: str) -> str | None:
-    from fallback.peft_liger import model_types
-
-    if not model_types():
-        return "liger-kernel is not installed (pip install liger-kernel)"
-    if gpu is None:
-        return "its Triton kernels need a GPU"
-    if not gpu.triton:
-        return _too_old(gpu)
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if model_type not in model_types():
-        return f"Liger has no kernels for {model_type}"
+        return components.unsloth(None if idle else gpu).obstacle
+    if backend == "peft+liger":
+        found = components.liger(gpu, model_type)
+        return "; ".join(filter(None, [found.obstacle, idle])) or None
     return None
-
-
-def _too_old(gpu: Gpu) -> str:
-    major, minor = gpu.capability
-    return f"its Triton kernels need compute capability 7.0, and {gpu.name} has {major}.{minor}"
 
 
 def _attention(
     gpu: Gpu | None, model_type: str, wanted: Attention, dtype: str
 ) -> tuple[Literal["sdpa", "eager", "flash_attention_2"], str]:
     if wanted == "flash_attention_2":
-        if gpu is None or gpu.capability < (8, 0):
-            obstacle = "it needs a GPU of compute capability 8.0"
-        elif importlib.util.find_spec("flash_attn") is None:
-            obstacle = "the package flash-attn is not installed"
-        elif dtype == "float32":
+        obstacle = components.flash_attention(gpu).obstacle
+        if obstacle is None and dtype == "float32":
             obstacle = "it computes in 16 bits only"
-        else:
+        if obstacle is None:
             return "flash_attention_2", "--attention flash_attention_2"
         raise CannotRun(f"--attention flash_attention_2 cannot run here: {obstacle}. Use --attention auto")
     if model_type == "gemma2":
@@ -214,41 +198,3 @@ def _dtype(gpu: Gpu | None, model_type: str) -> tuple[Literal["bfloat16", "float
     if gpu.capability >= (7, 0):
         return "float16", "no bfloat16 in hardware below compute capability 8.0; float16 with loss scaling"
     return "float32", "below compute capability 7.0 float16 is slow or inexact"
-
-
-def _why_not_unsloth(gpu: Gpu | None) -> str | None:
-    """Imports nothing here: Unsloth patches transformers, trl and peft when imported, so it is tried in a process of
-    its own, once for each set of versions."""
-    if importlib.util.find_spec("unsloth") is None:
-        return "it is not installed (pip install unsloth)"
-    if gpu is not None and not gpu.triton:
-        return _too_old(gpu)
-    if gpu is None and os.environ.get("UNSLOTH_DISABLE_CPU_FALLBACK") == "1":
-        return "there is no GPU and UNSLOTH_DISABLE_CPU_FALLBACK=1 forbids it the CPU"
-    return _probe()
-
-
-def _probe() -> str | None:
-    names = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "triton")
-    versions = {name: metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    gpu = read_gpu()
-    key = json.dumps([sys.executable, platform.python_version(), versions, asdict(gpu) if gpu else None])
-    known = _CACHE / f"unsloth-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if known.is_file():
-        return json.loads(known.read_text(encoding="utf-8"))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", "import unsloth; from trl import SFTTrainer"],
-            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        obstacle = None if done.returncode == 0 else f"it does not import: {lines[-1] if lines else 'it was killed'}"
-    except subprocess.TimeoutExpired:
-        return "it did not import within five minutes"
-    if obstacle is None:
-        # Only success is remembered: what hinders an import may be mended without any version changing.
-        known.parent.mkdir(parents=True, exist_ok=True)
-        beside = known.with_suffix(f".{os.getpid()}")
-        beside.write_text("null", encoding="utf-8")
-        beside.replace(known)
-    return obstacle

@@ -12,16 +12,13 @@ class Gpu:
     capability: tuple[int, int]
     memory_bytes: int
     driver: str | None = None
+    driver_cuda: int | None = None
+    """The newest major version of CUDA that the driver runs."""
 
     @property
     def bf16(self) -> bool:
         """In hardware. torch.cuda.is_bf16_supported() also says yes where it is emulated."""
         return self.capability >= (8, 0)
-
-    @property
-    def triton(self) -> bool:
-        """Whether Triton compiles for this card: it refuses below 7.0."""
-        return self.capability >= (7, 0)
 
 
 @cache
@@ -50,6 +47,7 @@ def read_gpu() -> Gpu | None:
             capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
             memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
             driver=pynvml.nvmlSystemGetDriverVersion(),
+            driver_cuda=pynvml.nvmlSystemGetCudaDriverVersion() // 1000,
         )
     except pynvml.NVMLError:
         return None

@@ -5,29 +5,13 @@ no probability of an answer. Liger also replaces the classes in the model's modu
 with it is no place for another without.
 """
 
-import importlib.util
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fallback import plain_peft
 from fallback.choose import Choice
 from fallback.plain_peft import add_lora, for_inference, import_libraries, load_adapter
 
-__all__ = ["add_lora", "for_inference", "import_libraries", "load", "load_adapter", "model_types", "patch"]
-
-
-@cache
-def model_types() -> frozenset[str]:
-    """The architectures that the installed Liger has kernels for; none where it is not installed. Read from its
-    source, because importing it would import torch and transformers before a backend is chosen."""
-    package = importlib.util.find_spec("liger_kernel")
-    if package is None or not package.submodule_search_locations:
-        return frozenset()
-    source = Path(package.submodule_search_locations[0]) / "transformers" / "monkey_patch.py"
-    table = re.search(r"^MODEL_TYPE_TO_APPLY_LIGER_FN = \{(.*?)^\}", source.read_text(encoding="utf-8"), re.S | re.M)
-    return frozenset(re.findall(r'^\s+"(\w+)":', table.group(1), re.M)) if table else frozenset()
+__all__ = ["add_lora", "for_inference", "import_libraries", "load", "load_adapter", "patch"]
 
 
 def load(source: str, choice: Choice, max_length: int) -> Any:

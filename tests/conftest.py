@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fallback.choose import BackendName, why_not
-from fallback.gpu import read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def need(backend: BackendName, name: str) -> None:
     from recipes.stages.base_model import model_type, settle
 
     kind = model_type(recipe(name), settle(recipe(name), "tiny"))
-    if obstacle := why_not(backend, read_gpu(), kind):
+    if obstacle := why_not(backend, usable_gpu(), kind):
         pytest.skip(f"{backend} cannot run {name} here: {obstacle}")
 
 

@@ -107,14 +107,22 @@ def test_contradictory_wishes_are_refused() -> None:
 
 
 def test_auto_is_tiny_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.stages.base_model.read_gpu", lambda: None)
+    monkeypatch.setattr("recipes.stages.base_model.usable_gpu", lambda: None)
     assert auto_size("google/gemma-3-12b-it", None) == "tiny"
 
 
 def test_auto_is_full_with_a_gpu_and_weights_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from fallback.gpu import Gpu
 
-    monkeypatch.setattr("recipes.stages.base_model.read_gpu", lambda: Gpu("RTX 3060", (8, 6), 12 * 2**30))
+    monkeypatch.setattr("recipes.stages.base_model.usable_gpu", lambda: Gpu("RTX 3060", (8, 6), 12 * 2**30))
     assert auto_size("nobody/has-this-model", None) == "tiny"
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert auto_size(str(tmp_path), None) == "full"
+
+
+def test_a_card_that_torch_cannot_use_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the torch that is installed: none that these recipes run with has kernels for this card."""
+    from fallback.cards import card
+
+    monkeypatch.setattr("fallback.torch_build.read_gpu", lambda: card("Tesla K40:3.5:12"))
+    assert settle(recipe("llama_1b_civil"), "auto", "random").size == "tiny"

@@ -1,72 +1,187 @@
-"""The ladder: what is chosen where, and why."""
+"""The ladder: what is chosen where, and why. What a card can do is described in tests/test_components.py."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fallback import choose as choosing
+from fallback import components, probe
+from fallback.cards import card
 from fallback.choose import CannotRun, choose
-from fallback.gpu import Gpu
+from fallback.torch_build import TorchBuild
 
-GIB = 2**30
-CARDS = {
-    "Quadro M6000": Gpu("Quadro M6000", (5, 2), 12 * GIB),
-    "GTX 1080": Gpu("GTX 1080", (6, 1), 8 * GIB),
-    "V100": Gpu("V100", (7, 0), 16 * GIB),
-    "T4": Gpu("T4", (7, 5), 16 * GIB),
-    "RTX 3060": Gpu("RTX 3060", (8, 6), 12 * GIB),
-}
+CU126 = TorchBuild("2.14.1+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
+CU128 = TorchBuild("2.10.0+cu128", "12.8", ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"))
+CU130 = TorchBuild("2.14.1+cu130", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"))
+BUILDS = {"12.6": CU126, "12.8": CU128, "13.0": CU130}
+MODELS = ("llama", "gemma3_text", "gpt_neox")
+
+# Of a recipe that asks for 4 bits and the paged 8-bit optimiser.
+WHOLE = """
+card         | torch's CUDA   | model           | backend device dtype    attention quantization optimizer       triton
+Quadro M6000 | 12.6           | all             | peft    cuda   float32  sdpa      none         adamw_torch      no
+Quadro M6000 | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+P100         | 12.6           | all             | peft    cuda   float32  sdpa      4bit         paged_adamw_8bit no
+P100         | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+GTX 1080     | 12.6           | all             | peft    cuda   float32  sdpa      4bit         paged_adamw_8bit no
+GTX 1080     | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+V100         | 12.6 12.8      | llama gpt_neox  | unsloth cuda   float16  sdpa      4bit         paged_adamw_8bit yes
+V100         | 12.6 12.8      | gemma3_text     | unsloth cuda   float32  sdpa      4bit         paged_adamw_8bit yes
+V100         | 13.0           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+T4           | 12.6 12.8 13.0 | llama gpt_neox  | unsloth cuda   float16  sdpa      4bit         paged_adamw_8bit yes
+T4           | 12.6 12.8 13.0 | gemma3_text     | unsloth cuda   float32  sdpa      4bit         paged_adamw_8bit yes
+A100 80GB    | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+RTX 3060     | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+L4           | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+H100         | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+H200         | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+B200         | 12.6           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+B200         | 12.8 13.0      | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+RTX 5090     | 12.6           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+RTX 5090     | 12.8 13.0      | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
+none         | 12.6 12.8 13.0 | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+"""
+
+
+def whole() -> dict[tuple[str, str, str], tuple[str, ...]]:
+    found: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for line in WHOLE.strip().splitlines()[1:]:
+        name, cuda, models, chosen = (part.strip() for part in line.split("|"))
+        for version in cuda.split():
+            for model in MODELS if models == "all" else models.split():
+                assert (name, version, model) not in found, "written twice"
+                found[name, version, model] = tuple(chosen.split())
+    return found
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about cards; whether Unsloth imports is tried for real in the ones that say so."""
-    monkeypatch.setattr(choosing, "_probe", lambda: None)
+    monkeypatch.setattr(components, "probe_unsloth", lambda gpu: None)
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_no_triton_below_seven(card: str) -> None:
-    gpu = CARDS[card]
-    choice = choose("llama", gpu=gpu, quantization="4bit", optimizer="paged_adamw_8bit")
-    modern = gpu.capability >= (7, 0)
-    assert choice.backend == ("unsloth" if modern else "peft")
-    assert choice.triton == modern
-    if not modern:
-        assert "7.0" in choice.reasons["backend"]
-        assert "plain torch" in choice.reasons["loss"]
+def test_the_table_has_every_card_under_every_torch() -> None:
+    table = whole()
+    assert len({name for name, _, _ in table}) == 13
+    assert len(table) == 13 * len(BUILDS) * len(MODELS)
+
+
+@pytest.mark.parametrize(("name", "cuda", "model"), whole())
+def test_the_whole_choice(name: str, cuda: str, model: str) -> None:
+    gpu = None if name == "none" else card(name)
+    made = choose(model, gpu=gpu, quantization="4bit", optimizer="paged_adamw_8bit", build=BUILDS[cuda])
+    got = (made.backend, made.device, made.dtype, made.attention, made.quantization, made.optimizer)
+    assert (*got, "yes" if made.triton else "no") == whole()[name, cuda, model]
+    assert set(made.reasons) == {"backend", "device", "dtype", "attention", "quantization", "optimizer", "loss"}
+    assert all(made.reasons.values())
+
+
+def test_a_card_that_this_torch_has_no_kernels_for_is_told_what_to_install() -> None:
+    choice = choose("llama", gpu=card("V100"), build=CU130)
+    reason = choice.reasons["device"]
+    assert "torch 2.14.1+cu130 has no kernels for V100, compute capability 7.0" in reason
+    assert "pip install torch==2.14.1+cu126 torchvision==" in reason
+    assert "--index-url https://download.pytorch.org/whl/cu126" in reason
+    newer = choose("llama", gpu=card("RTX 5090"), build=CU126).reasons["device"]
+    assert "+cu130 --index-url https://download.pytorch.org/whl/cu130" in newer
+    with pytest.raises(CannotRun, match=r"peft\+liger cannot run here: torch 2.14.1\+cu130.*torch==2.14.1\+cu126"):
+        choose("llama", "peft+liger", gpu=card("V100"), build=CU130)
+    with pytest.raises(CannotRun, match=r"need compute capability 7\.0.*torch==2.14.1\+cu126"):
+        choose("llama", "peft+liger", gpu=card("GTX 1080"), build=CU130)
+    kepler = choose("llama", gpu=card("Tesla K40:3.5:12"), build=CU126).reasons["device"]
+    assert "a card of capability 5.0 is needed" in kepler
+
+
+def test_a_card_with_torch_kernels_but_without_bitsandbytes_trains_unquantised() -> None:
+    choice = choose("llama", gpu=card("Quadro M6000"), quantization="4bit", optimizer="paged_adamw_8bit", build=CU126)
+    assert "below compute capability 6.0" in choice.reasons["quantization"]
+    assert "below compute capability 6.0" in choice.reasons["optimizer"]
+    # A torch of one's own for CUDA 12.8 may hold what bitsandbytes' binary for 12.8 does not.
+    own = TorchBuild("2.14.0a0", "12.8", ("sm_61",))
+    choice = choose("llama", gpu=card("GTX 1080"), quantization="4bit", optimizer="paged_adamw_8bit", build=own)
+    assert (choice.device, choice.quantization, choice.optimizer) == ("cuda", "none", "adamw_torch")
+    assert "binary for CUDA 12.8, torch's, has no kernels below 7.0" in choice.reasons["quantization"]
+    assert "torch==2.14.1+cu126" in choice.reasons["quantization"]
+
+
+def test_below_seven_the_reasons_name_it() -> None:
+    choice = choose("llama", gpu=card("GTX 1080"), build=CU126)
+    assert "compute capability 7.0, and GTX 1080 has 6.1" in choice.reasons["backend"]
+    assert "plain torch: Triton needs compute capability 7.0" in choice.reasons["loss"]
 
 
 @pytest.mark.parametrize(
-    ("card", "model", "dtype"),
+    ("model", "says"),
     [
-        ("RTX 3060", "gemma3_text", "bfloat16"),
-        ("T4", "llama", "float16"),
-        ("T4", "gemma3_text", "float32"),
-        ("GTX 1080", "llama", "float32"),
-        ("Quadro M6000", "gpt_neox", "float32"),
+        ("llama", "with code of its own for llama"),
+        ("gpt_neox", "no code of its own for gpt_neox, which takes its generic"),
     ],
 )
-def test_dtype(card: str, model: str, dtype: str) -> None:
-    assert choose(model, gpu=CARDS[card]).dtype == dtype
+def test_unsloth_s_way_with_an_architecture_is_told(model: str, says: str) -> None:
+    assert says in choose(model, gpu=card("T4")).reasons["backend"]
 
 
-def test_a_card_without_bitsandbytes_kernels_is_told_so() -> None:
-    choice = choose("llama", gpu=CARDS["Quadro M6000"], quantization="4bit", optimizer="paged_adamw_8bit")
-    assert (choice.quantization, choice.optimizer) == ("none", "adamw_torch")
-    assert "6.0" in choice.reasons["quantization"]
+def test_a_gpu_here_is_judged_by_the_torch_that_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real torch, asked in a process of its own, and only where there is a GPU."""
+    monkeypatch.setattr(probe, "CACHE", tmp_path)
+    monkeypatch.setattr(choosing, "read_gpu", lambda: None)
+    choose("llama", "peft")
+    assert not list(tmp_path.glob("torch-*"))
+    kepler = card("Tesla K40:3.5:12")
+    monkeypatch.setattr(choosing, "read_gpu", lambda: kepler)
+    choice = choose("llama", "peft")
+    assert choice.device == "cpu"
+    assert "has no kernels for Tesla K40" in choice.reasons["device"]
+    assert len(list(tmp_path.glob("torch-*"))) == 1
+    monkeypatch.setattr(probe.subprocess, "run", lambda *a, **k: pytest.fail("asked twice"))
+    choose("llama", "peft")
+
+
+def test_a_torch_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(probe, "CACHE", tmp_path / "probes")
+    monkeypatch.setattr(choosing, "read_gpu", lambda: card("T4"))
+    with pytest.raises(CannotRun, match=r"torch: it does not import: ImportError: libcudart\.so"):
+        choose("llama")
+    assert not (tmp_path / "probes").exists()
+
+
+def test_nothing_is_compiled_where_triton_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def compiles() -> bool:
+        called: list[Any] = []
+        torch.compile(lambda x: x + 1, backend=lambda graph, inputs: called.append(graph) or graph.forward)(
+            torch.zeros(2)
+        )
+        return bool(called)
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    choose("llama", "peft", gpu=card("T4"), build=CU130).module()
+    assert compiles()
+    choose("llama", "peft", gpu=card("GTX 1080"), build=CU126).module()
+    assert not compiles()
+
+
+def test_a_card_that_stays_idle_is_hidden_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    choice = choose("llama", "peft", gpu=card("V100"), build=CU130)
+    monkeypatch.setattr(choosing, "read_gpu", lambda: None)
+    choice.module()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setattr(choosing, "read_gpu", lambda: card("V100"))
+    choice.module()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_named_backend_that_cannot_run_is_an_error_with_a_remedy() -> None:
     with pytest.raises(CannotRun, match=r"7\.0.*--backend peft"):
-        choose("llama", "unsloth", gpu=CARDS["GTX 1080"])
-
-
-def test_every_decision_has_a_reason() -> None:
-    for gpu in [None, *CARDS.values()]:
-        choice = choose("gemma2", gpu=gpu, quantization="8bit", optimizer="paged_adamw_8bit")
-        assert set(choice.reasons) >= {"backend", "device", "dtype", "attention", "quantization", "optimizer", "loss"}
-        assert all(choice.reasons.values())
+        choose("llama", "unsloth", gpu=card("GTX 1080"))
 
 
 def test_gemma_2_caps_its_scores() -> None:
@@ -95,7 +210,7 @@ def test_an_unsloth_that_does_not_import_is_a_reason_not_a_crash(
     monkeypatch.undo()
     (tmp_path / "unsloth.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(choosing, "_CACHE", tmp_path / "probes")
+    monkeypatch.setattr(probe, "CACHE", tmp_path / "probes")
     choice = choose("llama", gpu=None)
     assert choice.backend == "peft"
     assert "torchvision::nms" in choice.reasons["backend"]
@@ -108,17 +223,17 @@ def test_unsloth_is_not_imported_to_find_out() -> None:
 
 
 def test_attention_that_was_asked_for_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    modern = CARDS["RTX 3060"]
+    modern = card("RTX 3060")
     assert choose("llama", gpu=modern).attention == "sdpa"
     assert choose("llama", gpu=modern, attention="eager").attention == "eager"
     assert choose("gemma2", gpu=modern).attention == "eager"
     with pytest.raises(CannotRun, match="caps its attention scores"):
         choose("gemma2", gpu=modern, attention="sdpa")
-    for gpu in (None, CARDS["T4"]):
+    for gpu in (None, card("T4")):
         with pytest.raises(CannotRun, match=r"compute capability 8\.0"):
             choose("llama", "peft", gpu=gpu, attention="flash_attention_2")
-    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else object())
+    monkeypatch.setattr(components.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else object())
     with pytest.raises(CannotRun, match="flash-attn is not installed"):
         choose("llama", "peft", gpu=modern, attention="flash_attention_2")
-    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(components.importlib.util, "find_spec", lambda name: object())
     assert choose("llama", "peft", gpu=modern, attention="flash_attention_2").attention == "flash_attention_2"

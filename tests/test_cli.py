@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, recipe
 
+from fallback.cards import card
 from fallback.gpu import Gpu
-from recipes.stages.cli import preset_for
-from recipes.stages.fine_tune import less_memory, out_of_memory
+from recipes.stages.cli import preset_for, run_command
+from recipes.stages.fine_tune import less_memory, out_of_memory, without
+from recipes.stages.recipe import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPERCODE = "recipes.gemma3_12b_opercode"
@@ -83,6 +85,17 @@ def test_a_backend_that_cannot_run(command: Command, tmp_path: Path) -> None:
     done = command(OPERCODE, "--backend", "unsloth", env={"UNSLOTH_DISABLE_CPU_FALLBACK": "1"})
     refused(done, "--backend unsloth cannot run here", "UNSLOTH_DISABLE_CPU_FALLBACK", "--backend peft")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_that_stays_idle_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("fallback.torch_build", "fallback.choose", "recipes.stages.cli", "recipes.stages.fine_tune"):
+        monkeypatch.setattr(f"{module}.read_gpu", lambda: card("Tesla K40:3.5:12"))
+    with pytest.raises(UserError, match=r"none\.csv"):
+        run_command(recipe("llama_1b_civil"), ["train", "--backend", "peft", "--source", "none.csv"])
+    printed = capsys.readouterr().out
+    assert "size tiny" in printed
+    assert "everything runs on the CPU: torch" in printed
+    assert "has no kernels for Tesla K40, compute capability 3.5" in printed
 
 
 def test_answering_needs_a_trained_run(command: Command) -> None:
@@ -176,3 +189,19 @@ def test_a_closed_set_has_no_chat(command: Command) -> None:
     done = command(OPERCODE, "chat")
     assert done.returncode == 2
     assert "has no stage 'chat'" in done.stderr
+
+
+def test_a_command_given_again_keeps_what_is_not_replaced() -> None:
+    given = [
+        "train",
+        "--source",
+        "a.csv",
+        "--batch_size=8",
+        "--epochs",
+        "2",
+        "--no-checkpointing",
+        "--run",
+        "r",
+        "--resume",
+    ]
+    assert without(given, ("--run", "--batch-size", "--resume")) == ["train", "--epochs", "2", "--no-checkpointing"]

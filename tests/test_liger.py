@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, recipe
 
-from fallback import choose as choosing
+from fallback import components
 from fallback.choose import CannotRun, choose
 from fallback.gpu import Gpu
 
@@ -18,7 +18,7 @@ T4 = Gpu("T4", (7, 5), 16 * 2**30)
 
 @pytest.fixture
 def without_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "_probe", lambda: "it does not import: a test says so")
+    monkeypatch.setattr(components, "probe_unsloth", lambda gpu: "it does not import: a test says so")
 
 
 @pytest.mark.usefixtures("without_unsloth")
@@ -46,11 +46,9 @@ def test_where_it_cannot_run_it_says_why(gpu: Gpu | None, model_type: str, reaso
 
 
 def test_the_architectures_are_those_of_the_installed_liger() -> None:
-    from fallback.peft_liger import model_types
-
     asked = "from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as m; print(*m)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert model_types() == set(done.stdout.split())
+    assert components.liger_types() == set(done.stdout.split())
 
 
 @pytest.mark.parametrize("name", ["gemma3_1b_counsel", "llama_1b_civil", "gemma2_2b_ohlora"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fallback.gpu import read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages import tokenizers
 from recipes.stages.prepare import sample_texts
 from recipes.stages.recipe import Recipe, UserError
@@ -112,8 +112,8 @@ def settle(
 
 
 def auto_size(name: str, weights: str | None) -> Size:
-    """full where a CUDA GPU and the weights are at hand, else tiny."""
-    if read_gpu() is None:
+    """full where a CUDA GPU that torch can use and the weights are at hand, else tiny."""
+    if usable_gpu() is None:
         return "tiny"
     if weights == "random" or (Path(name) / "config.json").is_file():
         return "full"

@@ -13,6 +13,7 @@ import tyro
 
 from fallback.choose import Backend, CannotRun
 from fallback.gpu import Gpu, read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages import chat, evaluate, history, plan, predict, prepare, resume, stats, train
 from recipes.stages.base_model import (
     ensure_files,
@@ -123,7 +124,7 @@ class Plan:
     rows: int = 10_000
     """Training examples."""
     gpu: tuple[str, ...] = ()
-    """Cards to ask for, by name or memory, as in --gpu "RTX 4090" 12GB; without it this machine's, else usual ones."""
+    """Cards to ask for: --gpu "RTX 4090" 12GB "Quadro M6000:5.2:12"; without it this machine's, else usual ones."""
     preset: str | None = None
     """As for train."""
     json: bool = False
@@ -295,7 +296,7 @@ def settings_in_force(recipe: Recipe, given: list[str]) -> tuple[Settings, str |
     # A value that tyro will refuse in a moment is none of our business here.
     sound = known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained")
     full = sound and settle(recipe, known.size, known.weights, known.model).size == "full"
-    preset = known.preset or (preset_for(recipe, read_gpu()) if full else None)
+    preset = known.preset or (preset_for(recipe, usable_gpu()) if full else None)
     if preset is not None and preset not in recipe.presets:
         raise UserError(f"--preset {preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}")
     changes = dict(recipe.presets[preset]) if preset is not None else {}

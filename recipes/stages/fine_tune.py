@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
+from fallback.gpu import read_gpu
 from recipes.stages import checkpoint, prepare, resume, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.console import held_back, say
@@ -47,6 +48,8 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         failed=failed,
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
+    if choice.device == "cpu" and read_gpu() is not None:
+        say(choice.reasons["device"])
     if args.preset:
         say(
             f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"

@@ -1,10 +1,12 @@
 """What a full-size training needs: parameters, steps, memory, before a byte is downloaded."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fallback import cards
+from fallback.cards import CARDS as CARDS
+from fallback.cards import GIB
 from fallback.choose import choose
 from fallback.gpu import Gpu
 from recipes.stages.base_model import architecture
@@ -12,13 +14,6 @@ from recipes.stages.console import say
 from recipes.stages.recipe import Recipe, Settings, UserError
 from recipes.stages.train import optimizer_steps
 
-GIB = 2**30
-CARDS = {
-    "GTX 1080": (6, 1, 8), "RTX 3060": (8, 6, 12), "RTX 4060 Ti 16GB": (8, 9, 16), "T4": (7, 5, 15),
-    "V100": (7, 0, 16), "RTX 3090": (8, 6, 24), "RTX 4090": (8, 9, 24), "L4": (8, 9, 22), "RTX 5090": (12, 0, 32),
-    "A100 40GB": (8, 0, 40), "A100 80GB": (8, 0, 80), "H100": (9, 0, 80),
-}  # fmt: skip
-"""Name -> compute capability and the memory that the driver reports, GiB."""
 # What the allocator wastes, and the CUDA context with its libraries.
 _SLACK, _CONTEXT = 1.06, round(0.75 * GIB)
 _TIGHT = 0.95
@@ -115,15 +110,11 @@ def adapter_bytes(network: Any) -> int:
 
 
 def card(name: str) -> Gpu:
-    """A card by its name, or by its memory as in 12GB."""
-    if amount := re.fullmatch(r"(\d+(?:\.\d+)?)\s*G(?:i?B)?", name.strip(), re.I):
-        return Gpu(f"a card with {amount.group(1)} GiB", (8, 0), round(float(amount.group(1)) * GIB))
-    known = {key.lower(): key for key in CARDS}
-    key = known.get(name.strip().lower().removeprefix("nvidia ").removeprefix("geforce "))
-    if key is None:
-        raise UserError(f"--gpu {name!r}: unknown; give its memory, as in --gpu 12GB, or one of {', '.join(CARDS)}")
-    major, minor, memory = CARDS[key]
-    return Gpu(key, (major, minor), memory * GIB)
+    """A card by its name, its memory as in 12GB, or name:capability:GiB."""
+    try:
+        return cards.card(name)
+    except ValueError as error:
+        raise UserError(f"--gpu {error}") from None
 
 
 def verdict(planned: Planned, gpu: Gpu) -> str:
