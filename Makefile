@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo setup test lint format lock figures clean
+.PHONY: demo setup test fuzz lint format lock figures clean
 
 demo: setup
 	$(BIN)/python -m recipes.gemma3_12b_opercode
@@ -19,6 +19,10 @@ $(VENV)/.installed: requirements.lock
 
 test: setup
 	$(BIN)/python -m pytest
+
+# 10,000 files of each format, made to be read wrongly; what came of them.
+fuzz: setup
+	FUZZ_FILES=10000 FUZZ_OUT=results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py -q
 
 lint: setup
 	$(BIN)/ruff check .

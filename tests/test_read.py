@@ -67,4 +67,4 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n\nnot json\n[1]\n' + "[" * 5000 + '\n{"b": 2}\n', encoding="utf-8")
     reading = Reading(path)
     assert list(read_jsonl(path, reading)) == [(1, {"a": 1}), (6, {"b": 2})]
-    assert reading.dropped == {"not JSON": [3, 5], "not a JSON object": [4]}
+    assert reading.dropped == {"not JSON": [3], "not a JSON object": [4], "nested too deep": [5]}
