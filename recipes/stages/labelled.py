@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
+from recipes.stages.cells import quoted
 from recipes.stages.prepare import SPLITS
 from recipes.stages.read import Columns, Layout, csv_rows, layout_of
 from recipes.stages.recipe import Reading, Split, UserError
@@ -63,14 +65,17 @@ def prepare(
     layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
     scratch = folder / ".texts"
     try:
-        try:
-            cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
-        except pa.ArrowInvalid:
-            reading.dropped.clear()
-            cleaned = _clean(_slow_blocks(source, layout, columns, reading), scratch)
+        cleaned = _cleaned(source, layout, columns, reading, scratch)
         return _split_and_write(source, layout, columns, split, seed, folder, cleaned, reading)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _cleaned(source: Path, layout: Layout, columns: Columns, reading: Reading, scratch: Path) -> Cleaned:
+    if not layout.guarded:
+        with suppress(pa.ArrowInvalid):
+            return _clean(_fast_blocks(source, layout, columns), scratch)
+    return _clean(_slow_blocks(source, layout, columns, reading), scratch)
 
 
 def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Block]:
@@ -323,7 +328,7 @@ def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple
 def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
     """The texts once more, into their splits; the same rows as JSONL and as CSV. Returns the longest text's bytes."""
     json_ends = _strings([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
-    csv_ends = _strings([f",{_csv_cell(name)}\n" for name in cleaned.names])
+    csv_ends = _strings([f",{quoted(name)}\n" for name in cleaned.names])
     conflicts: dict[tuple[str, int], int] = {}
     conflicting = np.array(sorted(in_conflict), np.int64)
     longest = at = 0
@@ -389,10 +394,6 @@ def _as_json(texts: pa.Array, ends: pa.Array) -> pa.Array:
 def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:
     doubled = pc.replace_substring(texts, '"', '""')
     return pc.binary_join_element_wise(_string('"'), doubled, _string('"'), ends, _string(""))
-
-
-def _csv_cell(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
 
 
 def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """One text, a file, or lines on standard input -> answers."""
 
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.stages.classifier import CELLS, Classifier, Scoring
+from recipes.stages.cells import CELLS, answer_cells, table_line
+from recipes.stages.classifier import Classifier, Scoring
 from recipes.stages.console import progress, say
 from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
@@ -56,9 +56,9 @@ def answerer(
 
     def respond(batch: Sequence[str]) -> list[list[str]]:
         found = several(model, [ask(text) for text in batch], answering, recipe.stop, max_length)
-        return [[answer.text for answer in answers] for answers in found]
+        return [[*(answer.text for answer in some), str(sum(answer.stopped for answer in some))] for some in found]
 
-    return [f"answer_{i + 1}" if i else "answer" for i in range(answering.answers)], respond
+    return answer_cells(answering.answers), respond
 
 
 def tell_speed(recipe: Recipe, model: Model, questions: Sequence[str], sampling: Sampling, max_length: int) -> None:
@@ -84,7 +84,7 @@ def to_terminal(recipe: Recipe, answer: Answerer, questions: Iterable[str], batc
     size = 1 if sys.stdin.isatty() else batch_size
     while batch := list(islice(questions, size)):
         for cells in answer(batch):
-            for line in ["\t".join(cells[:2])] if recipe.closed else cells:
+            for line in ["\t".join(cells[:2])] if recipe.closed else cells[:-1]:
                 say(line.replace("\n", " "))
             if recipe.notice:
                 say(recipe.notice)
@@ -110,12 +110,11 @@ def to_file(
     with part.open("a", encoding="utf-8", newline="") as file, progress("answering", "rows") as bar:
         # Whatever came after the last finished chunk may be half a row.
         file.truncate(size)
-        table = csv.writer(file, lineterminator="\n")
         if not size:
-            table.writerow([*layout.header, *names])
+            file.write(table_line((*layout.header, *names)))
         task = bar.add_task("", total=total, completed=rows)
         while batch := list(islice(records, _CHUNK)):
-            table.writerows(_answered(batch, layout, text_column, answer, len(names)))
+            file.writelines(map(table_line, _answered(batch, layout, text_column, answer, len(names))))
             file.flush()
             os.fsync(file.fileno())
             rows += len(batch)

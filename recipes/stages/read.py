@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes.stages.cells import ours, unguarded
 from recipes.stages.recipe import Reading, Row, UserError
 
 # A cell may be as long as memory allows; the module's own limit is 128 KiB.
@@ -117,6 +118,8 @@ class Layout(NamedTuple):
     """Column -> its place."""
     header_ends: int
     """The header's last line."""
+    guarded: bool
+    """Written by us, with apostrophes before what a spreadsheet would take for formulas."""
 
     @property
     def width(self) -> int:
@@ -132,6 +135,8 @@ def layout_of(path: Path, columns: Sequence[str], reading: Reading, older: Seque
         if not cells:
             raise UserError(f"{path}: the file is empty; it needs a header with the columns {', '.join(columns)}")
         header = [cell.strip() for cell in cells]
+        if guarded := ours(header):
+            header = [unguarded(cell) for cell in header]
         if set(columns) <= set(header):
             break
         best = max(best, header, key=len)
@@ -145,7 +150,7 @@ def layout_of(path: Path, columns: Sequence[str], reading: Reading, older: Seque
     if twice:
         raise UserError(f"{path}: line {first}: more than one column is called {twice[0]!r}; rename all but one")
     reading.notes.update(encoding=encoding, delimiter=_DELIMITERS[delimiter])
-    return Layout(encoding, delimiter, header, {column: header.index(column) for column in columns}, last)
+    return Layout(encoding, delimiter, header, {column: header.index(column) for column in columns}, last, guarded)
 
 
 def _records(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -178,7 +183,7 @@ def csv_records(path: Path, layout: Layout) -> Iterator[tuple[int, list[str]]]:
     next(records)
     number = 0
     for number, (line, _, cells) in enumerate(records, 1):  # noqa: B007
-        yield line, cells
+        yield line, [unguarded(cell) for cell in cells] if layout.guarded else cells
     if not number:
         raise UserError(f"{path}: no rows below the header")
 
