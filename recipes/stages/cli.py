@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -209,6 +209,11 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        # A full disk, a folder where a file should be: the system says what, and the file's name is there where one is.
+        told = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -388,7 +393,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
             if not out_of_memory(error):
                 raise
             raise UserError(less_memory(recipe, settings, args.preset)) from error
-        run.add_metrics(base_model=asdict(chosen), train=metrics)
+        run.add_metrics(base_model=chosen.stored(), train=metrics)
         say(
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
             f"adapter in {run.adapter}"

@@ -74,7 +74,10 @@ def prepare(
 def _cleaned(source: Path, layout: Layout, columns: Columns, reading: Reading, scratch: Path) -> Cleaned:
     if not layout.guarded:
         with suppress(pa.ArrowInvalid):
-            return _clean(_fast_blocks(source, layout, columns), scratch)
+            cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
+            # A file of which nothing is left is looked at by the reader that says why.
+            if len(cleaned.labels):
+                return cleaned
     return _clean(_slow_blocks(source, layout, columns, reading), scratch)
 
 

@@ -1,5 +1,6 @@
 """One text, a file, or lines on standard input -> answers."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from recipes.stages.cells import CELLS, answer_cells, table_line
 from recipes.stages.classifier import Classifier, Scoring
-from recipes.stages.console import progress, say
+from recipes.stages.console import progress, say, typed
 from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
 from recipes.stages.recipe import Reading, Recipe, Sampling, UserError
@@ -29,13 +30,17 @@ def texts(text: str | None) -> Iterable[str]:
         return lines()
     if not text.strip():
         raise UserError('predict: the text is empty; give one, as in predict "…", or lines on standard input')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("predict: the text is not valid in this terminal's encoding; put it into a file") from None
     return [text]
 
 
 def lines() -> Iterator[str]:
     if sys.stdin.isatty():
         say("type a text and press Enter; Ctrl-D ends")
-    for line in sys.stdin:
+    for line in typed():
         if line.strip():
             yield line.strip()
 
@@ -98,9 +103,11 @@ def to_file(
     What is done lies in `<target>.part`. If the same command is given again after an interruption, it goes on
     behind the last whole row there.
     """
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--out {target}: no file can be there; name one in a folder that exists")
     layout = layout_of(source, (text_column,), Reading(source), older=("cp1251",))
     status = source.stat()
-    order = {**made_with, "source": str(source.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
+    order = {**made_with, "source": _mark(source), "bytes": status.st_size, "modified": status.st_mtime_ns}
     part, about = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     rows, size = _finished(part, about, order)
     if rows:
@@ -123,6 +130,11 @@ def to_file(
     part.replace(target)
     about.unlink(missing_ok=True)
     return total
+
+
+def _mark(path: Path) -> str:
+    """Tells a path from others without naming it."""
+    return hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _answered(
@@ -155,4 +167,4 @@ def made_with(run: Run, answering: Sampling | Scoring) -> dict[str, Any]:
     """What answers depend on, to tell whether an unfinished file can be continued."""
     settings = {"min_confidence": answering.min_confidence} if isinstance(answering, Scoring) else asdict(answering)
     weights = (run.adapter / "adapter_model.safetensors").stat()
-    return {"run": str(run.path.resolve()), "adapter": weights.st_mtime_ns, **settings}
+    return {"run": _mark(run.path), "adapter": weights.st_mtime_ns, **settings}

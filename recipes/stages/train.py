@@ -17,7 +17,7 @@ from typing import Any
 
 from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from fallback.patched import patched
-from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
+from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type, refuse_pickles
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
 from recipes.stages.recipe import Balance, Example, Recipe, Sampling, Settings, UserError
@@ -52,7 +52,7 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
     backend.import_libraries(choice)
     ensure_files(recipe, chosen)
     tokenizer = load_tokenizer(recipe, chosen.source)
-    network = backend.load(chosen.source, choice, settings.max_length)
+    network = _base(backend, chosen, choice, settings.max_length)
     network = backend.add_lora(
         network,
         dict(
@@ -67,6 +67,18 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
     )
     start_lora(network, settings)
     return Model(network, tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
+
+
+def _base(backend: Any, chosen: Chosen, choice: Choice, max_length: int) -> Any:
+    try:
+        network = backend.load(chosen.source, choice, max_length)
+    except (OSError, ValueError) as error:
+        if chosen.weights == "random":
+            raise
+        raise UserError(f"{chosen.source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    # PEFT writes this name into the adapter's files, and it would be a path of this machine.
+    network.name_or_path = network.config._name_or_path = chosen.stored()["source"]
+    return network
 
 
 def lora_targets(network: Any, settings: Settings) -> list[str] | str:
@@ -482,7 +494,7 @@ def record_choice(
 ) -> None:
     """Write down all decisions before anything is computed with them."""
     write_json(run.path / "choice.json", choice.as_json())
-    config: dict[str, Any] = {"base_model": asdict(chosen), "notice": chosen.description, "preset": preset}
+    config: dict[str, Any] = {"base_model": chosen.stored(), "notice": chosen.description, "preset": preset}
     config["settings"] = asdict(settings)
     if isinstance(balance, Balance):
         config["balance"] = asdict(balance)
@@ -504,8 +516,8 @@ def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_l
     ensure_files(recipe, chosen)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    network = backend.load_adapter(backend.load(chosen.source, choice, max_length), str(run.adapter))
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
+    network = backend.load_adapter(_base(backend, chosen, choice, max_length), str(run.adapter))
     return Model(backend.for_inference(network), tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
 
 
@@ -513,8 +525,9 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     """A trained run and what to answer with: its own backend where that can run here."""
     remedy = f"train one first: python -m recipes.{recipe.name} train"
     run = find_run(recipe, path, lambda run: run.trained, remedy)
+    refuse_pickles(run.adapter, "adapter_model", "adapter_model")
     config = read_json(run.config)
-    chosen = Chosen(**config["base_model"])
+    chosen = Chosen.opened(run.config)
     trained_with = read_json(run.path / "choice.json")["backend"]
     kind = model_type(recipe, chosen)
     quantization = config["settings"]["quantization"]
