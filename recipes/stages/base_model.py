@@ -9,6 +9,7 @@ true ids where the vocabulary has room for them, and the family's real chat temp
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +62,12 @@ class Chosen:
             raise UserError(f"{config}: names no base model ({error!r}); train the run again") from None
         if chosen.size not in get_args(Size) or chosen.weights not in get_args(Weights):
             raise UserError(f"{config}: no base model is of size {chosen.size!r} with weights {chosen.weights!r}")
-        return replace(chosen, source=str(CACHE / Path(chosen.source).name)) if chosen.weights == "random" else chosen
+        if chosen.weights == "pretrained":
+            return chosen
+        folder = Path(chosen.source).name
+        if not re.fullmatch(r"\w[\w.-]*", folder):
+            raise UserError(f"{config}: {chosen.source[:60]!r} is no random model's folder")
+        return replace(chosen, source=str(CACHE / folder))
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:

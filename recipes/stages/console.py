@@ -31,9 +31,10 @@ def console() -> Console:
 
 
 def write(text: str) -> None:
-    """To the user, as it is: file names and data may hold brackets that a markup would eat."""
+    """To the user, as it is: file names and data may hold brackets that a markup would eat. Only no terminal is told
+    what to do by what a file or a model says."""
     file = _stdout()
-    file.write(text)
+    file.write(text.replace("\x1b", "\u241b"))
     file.flush()
 
 

@@ -127,7 +127,8 @@ def prepare(
             found = _prepare_rows(recipe, file, options, seed, beside)
         metadata = {
             "recipe": recipe.name,
-            "source": _told(source, file),
+            # As the user typed it; where this repository lies is nobody's business.
+            "source": str(source) if source else f"{file.parent.name}/{file.name}",
             "sample": source is None,
             "seed": seed,
             **found,
@@ -144,11 +145,6 @@ def prepare(
     if not quiet:
         tell(run, metadata)
     return run
-
-
-def _told(source: Path | None, file: Path) -> str:
-    """As the user typed it; where this repository lies is nobody's business."""
-    return str(source) if source else f"{file.parent.name}/{file.name}"
 
 
 def _prepare_rows(recipe: Recipe, file: Path, options: Any, seed: int, folder: Path) -> dict[str, Any]:
