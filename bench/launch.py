@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from recipes.stages.console import private
 from recipes.stages.recipe import UserError
 from recipes.stages.run import read_json, read_jsonl, write_json
 
@@ -106,7 +107,7 @@ def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
 def _tail(log: Path) -> list[str]:
     if not log.is_file():
         return []
-    return _CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace")).strip().splitlines()[-TAIL:]
+    return private(_CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace"))).strip().splitlines()[-TAIL:]
 
 
 def make_ready(recipe: str, size: str, weights: str) -> None:

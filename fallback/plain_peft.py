@@ -39,6 +39,8 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         attn_implementation=choice.attention,
         quantization_config=_quantization(choice),
         device_map={"": 0} if choice.device == "cuda" else "cpu",
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     keep_layout(model)
     return model

@@ -28,6 +28,8 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         attn_implementation=choice.attention,
         # Otherwise a hub id is replaced by a copy of Unsloth's own, quantised beforehand: another model.
         use_exact_model_name=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return model
 

@@ -66,7 +66,7 @@ def checked(messages: object) -> tuple[list[dict[str, str]], str | None]:
     roles = [turn["role"] for turn in turns]
     unknown = [role for role in roles if role not in ("system", "user", "assistant")]
     if unknown:
-        return [], f"unknown role {str(unknown[0])[:20]!r}"
+        return [], f"unknown role {unknown[0][:20]!r}" if isinstance(unknown[0], str) else "a role that is no text"
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
         return [], "roles are not (system,) user, assistant, user, assistant …"

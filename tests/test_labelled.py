@@ -81,14 +81,33 @@ def test_cp1251(tmp_path: Path) -> None:
     assert all(text.startswith("оплата") for _, text, _ in kept)
 
 
-@pytest.mark.parametrize(
-    "line", ["1,too few\n", "1,text,a,too,many\n", '1,"open quote,a\n', '1,"closed" and on,a\n', "\n", "1,  ,a\n"]
-)
+@pytest.mark.parametrize("line", ["1,too few\n", "1,text,a,too,many\n", '1,"closed" and on,a\n', "\n", "1,  ,a\n"])
 def test_unsound_lines_are_read_as_python_reads_them(line: str, tmp_path: Path) -> None:
     good = [f"{i},text {i},{'a' if i % 2 else 'b'}\n" for i in range(40)]
     (tmp_path / "in.csv").write_text("x,t,c\n" + "".join([*good[:20], line, *good[20:]]), encoding="utf-8")
     _, kept = prepared(tmp_path / "in.csv", tmp_path / "data")
     assert Counter((text, label) for _, text, label in kept) == plain(tmp_path / "in.csv")
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows_in_silence(tmp_path: Path) -> None:
+    good = [f"{i},text {i},{'a' if i % 2 else 'b'}\n" for i in range(40)]
+    (tmp_path / "in.csv").write_text("x,t,c\n" + "".join([*good[:20], '1,"open quote,a\n', *good[20:]]))
+    with pytest.raises(UserError, match=r"in.csv: line 22: a quote is opened in this row and never closed"):
+        prepared(tmp_path / "in.csv", tmp_path / "data")
+
+
+@pytest.mark.parametrize("blank", ["", "\n"], ids=["a line each", "a blank line"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_rows_of_rare_classes_have_their_lines_too(blank: str, end: str, tmp_path: Path) -> None:
+    good = "".join(f"{i},text {i},{'a' if i % 2 else 'b'}\n" for i in range(40))
+    content = "x,t,c\n" + good + blank + "7, ,a\n8,alone,rare\n"
+    (tmp_path / "in.csv").write_bytes(content.replace("\n", end).encode())
+    metadata, _ = prepared(tmp_path / "in.csv", tmp_path / "data")
+    at = 42 + len(blank)
+    assert metadata["dropped"] == {
+        "empty text": {"rows": 1, "first_lines": [at]},
+        "class with fewer than 2 rows": {"rows": 1, "first_lines": [at + 1]},
+    }
 
 
 def test_what_is_dropped_has_its_lines_under_either_parser(tmp_path: Path) -> None:
@@ -116,7 +135,11 @@ def test_random_files_equal_a_plain_reading(tmp_path: Path) -> None:
         source.write_text("x,t,c\n" + "".join(rows), encoding="utf-8", newline="")
         try:
             _, kept = prepared(source, tmp_path / f"data{number}")
-        except UserError:
+        except UserError as error:
+            if "never closed" in str(error):
+                with pytest.raises(UserError, match="never closed"):
+                    plain(source)
+                continue
             # Nothing usable, or too little; it must be so for the plain reading too.
             assert len({label for _, label in plain(source)}) < 2 or sum(plain(source).values()) < 20, rows
             continue

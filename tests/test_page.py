@@ -48,6 +48,51 @@ def summarise_nasty(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**summary_of(rows), "command": NASTY, "environment": {**ENVIRONMENT, "gpu": gpu, "processor": NASTY}}
 
 
+PLANTED = [
+    NASTY, "</style><script>window.hacked=1</script>", "</title></h2></td></svg><script>window.hacked=1</script>",
+    "'><svg onload=window.hacked=1>", "javascript:window.hacked=1", "`${window.hacked=1}`",
+    "<style>*{display:none}</style>",
+    "<base href=http://127.0.0.1/>", "]]><iframe srcdoc='<script>parent.hacked=1</script>'>",
+]  # fmt: skip
+
+
+def planted(value: Any, what: str) -> Any:
+    """The same with `what` in every text: recipes, arms, models, files, versions, reasons, the tail of a log."""
+    if isinstance(value, dict):
+        return {name: one if name == "status" else planted(one, what) for name, one in value.items()}
+    if isinstance(value, list):
+        return [planted(one, what) for one in value]
+    return f"{value}{what}" if isinstance(value, str) else value
+
+
+def test_nothing_planted_in_any_text_runs_or_becomes_an_element(tmp_path: Path) -> None:
+    if BROWSER is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium): the page was not looked at")
+    rows, what = rows_of(slower=0.7, reason=NASTY), "".join(PLANTED)
+    summary = planted(summarise_nasty(rows), what)
+    summary["environment"]["versions"] = dict.fromkeys(PLANTED, what)
+    for recipe in summary["recipes"]:
+        for arm in recipe["arms"]:
+            arm["patched"] = dict.fromkeys(PLANTED, 1)
+    rows = planted([{**row, "tail": [NASTY]} for row in rows], what)
+    sound = report.as_html(summary_of(rows_of(slower=0.7)), rows_of(slower=0.7))
+    elements = "JSON.stringify({hacked: window.hacked === 1, there: [...new Set([...document.querySelectorAll('*')]"
+    elements += (
+        ".map(e => e.localName))].sort(), odd: document.querySelectorAll('[href],[src],[onload],[onerror]').length})"
+    )
+    found = []
+    for name, page in (("sound", sound), ("planted", report.as_html(summary, rows))):
+        file = tmp_path / f"{name}.html"
+        file.write_text(
+            page.replace("</body>", f"<script>document.title = {elements}</script></body>"), encoding="utf-8"
+        )
+        found.append(seen(file, 1280, dark=False))
+    assert what in html.unescape(report.as_html(summary, rows)), "it was not planted at all"
+    assert not found[1]["hacked"]
+    assert found[1]["odd"] == 0
+    assert found[1]["there"] == found[0]["there"]
+
+
 def seen(page: Path, width: int, dark: bool) -> dict[str, Any]:
     assert BROWSER is not None
     done = subprocess.run(

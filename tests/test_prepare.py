@@ -76,7 +76,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert metadata["dropped"] == {
         "empty text": {"rows": 1, "first_lines": [62]},
         "empty label": {"rows": 1, "first_lines": [63]},
-        "class with fewer than 10 rows": {"rows": 1},
+        "class with fewer than 10 rows": {"rows": 1, "first_lines": [64]},
     }
     assert metadata["dropped_classes"] == {"99": 1}
     assert {row["label"] for row in read_jsonl(run.data / "train.jsonl")} == {"010151", "7"}

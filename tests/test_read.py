@@ -1,9 +1,12 @@
 """Source files as they really come, and what is said about them."""
 
+import os
 from pathlib import Path
 
 import pytest
+from conftest import recipe
 
+from recipes.stages.prepare import prepare
 from recipes.stages.read import read_csv, read_jsonl
 from recipes.stages.recipe import Reading, UserError
 
@@ -57,6 +60,40 @@ def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
         rows(path)
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
+def test_only_a_header(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"PaymentComment,OperCode" + end)
+    chosen = recipe("gemma3_12b_opercode")
+    with pytest.raises(UserError, match="no rows below the header"):
+        prepare(chosen, path, chosen.options, 1, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [("п,о\n1,2\n".encode() + b"3,\xff\n", 3), (b"\xff\xfe" + "п,о\n1,2".encode("utf-16-le") + b"\x00\xd8", 2)],
+    ids=["UTF-8", "UTF-16"],
+)
+def test_what_is_no_text_is_named_by_its_line(tmp_path: Path, content: bytes, line: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"a.csv: line {line}: not text in UTF"):
+        rows(path)
+
+
+def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=r": not a file"):
+            rows(path)
+
+
+def test_a_header_may_stand_below_blank_lines_and_span_two(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('\n\n"two\nlines",PaymentComment,OperCode\n1,x,7\n', encoding="utf-8")
+    assert list(read_csv(path, WANTED, Reading(path))) == [(5, {"PaymentComment": "x", "OperCode": "7"})]
+
+
 def test_a_missing_file_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; name yours with --source"):
         rows(tmp_path / "none.csv")
@@ -67,4 +104,4 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n\nnot json\n[1]\n' + "[" * 5000 + '\n{"b": 2}\n', encoding="utf-8")
     reading = Reading(path)
     assert list(read_jsonl(path, reading)) == [(1, {"a": 1}), (6, {"b": 2})]
-    assert reading.dropped == {"not JSON": [3, 5], "not a JSON object": [4]}
+    assert reading.dropped == {"not JSON": [3], "not a JSON object": [4], "nested too deep": [5]}

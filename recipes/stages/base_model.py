@@ -9,16 +9,18 @@ true ids where the vocabulary has room for them, and the family's real chat temp
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fallback.torch_build import usable_gpu
 from recipes.stages import tokenizers
 from recipes.stages.prepare import sample_texts
 from recipes.stages.recipe import Recipe, UserError
-from recipes.stages.run import write_whole
+from recipes.stages.run import read_json, write_whole
 from recipes.stages.tokenizers import FAMILIES, make_tokenizer
 
 Size = Literal["tiny", "small", "full"]
@@ -44,6 +46,28 @@ class Chosen:
             return f"{self.name}, its published weights"
         shape = "at full size" if self.size == "full" else f"shrunk to size {self.size}"
         return f"NOT {self.name} itself but its architecture {shape} with random weights: only for trying things out"
+
+    def stored(self) -> dict[str, Any]:
+        """For the files of a run. A random model goes by its folder's name: it lies in the cache of whoever reads it,
+        and where that is concerns nobody else."""
+        return {**asdict(self), "source": Path(self.source).name if self.weights == "random" else self.source}
+
+    @classmethod
+    def opened(cls, config: Path) -> "Chosen":
+        """As a run's training_config.json says, which may come from anybody."""
+        try:
+            stored = read_json(config)["base_model"]
+            chosen = cls(**{name: str(value) for name, value in stored.items()})  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{config}: names no base model ({error!r}); train the run again") from None
+        if chosen.size not in get_args(Size) or chosen.weights not in get_args(Weights):
+            raise UserError(f"{config}: no base model is of size {chosen.size!r} with weights {chosen.weights!r}")
+        if chosen.weights == "pretrained":
+            return chosen
+        folder = Path(chosen.source).name
+        if not re.fullmatch(r"\w[\w.-]*", folder):
+            raise UserError(f"{config}: {chosen.source[:60]!r} is no random model's folder")
+        return replace(chosen, source=str(CACHE / folder))
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:
@@ -126,13 +150,18 @@ def model_type(recipe: Recipe, chosen: Chosen) -> str:
     """The architecture family, as transformers names it."""
     if chosen.name == recipe.base.hub_id:
         return architecture(recipe)["model_type"]
-    return json.loads(published_config(chosen).read_text(encoding="utf-8"))["model_type"]
+    config = published_config(chosen)
+    try:
+        return str(read_json(config)["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: not a model's configuration ({error!r}); --model wants a whole model") from None
 
 
 def published_config(chosen: Chosen) -> Path:
     """The config.json of published weights: the smallest thing that shows whether they can be had."""
     config = Path(chosen.source) / "config.json"
     if config.is_file():
+        refuse_pickles(config.parent, "pytorch_model", "model")
         return config
     from huggingface_hub import hf_hub_download
 
@@ -144,6 +173,23 @@ def published_config(chosen: Chosen) -> Path:
             f"({' '.join(str(error).split())[:160]}); accept its licence there and run hf auth login, name a folder "
             "with --model, or try the architecture without its weights: --weights random, or --size tiny"
         ) from error
+
+
+# Loads tensors and nothing else out of pickles, in a process that ends with it.
+_CONVERT = (
+    "import pathlib, sys, torch; from safetensors.torch import save_file; d, old, new = sys.argv[1:]; "
+    'save_file({k: v.contiguous().clone() for f in sorted(pathlib.Path(d).glob(old + "*.bin")) '
+    'for k, v in torch.load(f, map_location="cpu", weights_only=True).items()}, '
+    'pathlib.Path(d) / (new + ".safetensors"), {"format": "pt"})'
+)
+
+
+def refuse_pickles(folder: Path, pickled: str, wanted: str) -> None:
+    """A pickle can run whatever its writer wanted; weights are read from safetensors alone."""
+    pickles = sorted(folder.glob(f"{pickled}*.bin"))
+    if pickles and not any(folder.glob(f"{wanted}*.safetensors")):
+        command = shlex.join(["python", "-c", _CONVERT, str(folder), pickled, wanted])
+        raise UserError(f"{pickles[0]}: weights in a pickle are not loaded; convert them: {command}")
 
 
 def _folder(recipe: Recipe, size: Size) -> Path:
@@ -163,6 +209,9 @@ def ensure_files(recipe: Recipe, chosen: Chosen) -> None:
         return
     if (folder / "config.json").is_file():
         return
+    # What is made here replaces a folder; the name may have come with somebody else's run.
+    if folder.resolve().parent != CACHE.resolve():
+        raise UserError(f"{folder}: no model is there, and random ones are made in {CACHE} alone; train the run again")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -220,7 +269,10 @@ def load_tokenizer(recipe: Recipe, source: str) -> Any:
     """The base model's tokenizer, with a template to render by and a padding token that is not the end token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if tokenizer.chat_template is None:
         if recipe.plain_template is None:
             raise UserError(f"{source} has no chat template and recipe {recipe.name} names no plain one")

@@ -1,11 +1,10 @@
 """A conversation, streamed. The same renderer as training; what is typed stays text."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.stages.console import say, write
+from recipes.stages.console import say, typed, write
 from recipes.stages.memory import asker
 from recipes.stages.recipe import Message, Recipe, Sampling
 from recipes.stages.run import Run, read_json, write_json
@@ -20,10 +19,11 @@ def chat(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length:
     ask = asker(recipe, recall)
     say(HELP)
     history: list[Message] = []
+    keyboard = typed()
     while True:
         write("> ")
         try:
-            line = sys.stdin.readline()
+            line = keyboard.readline()
         except KeyboardInterrupt:
             say("\n/exit or Ctrl-D ends")
             continue

@@ -11,7 +11,6 @@ from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.run import Run, read_json, write_json
 
 UNSURE = "unsure"
-CELLS = ["predicted", "confidence", "second_choice", "second_confidence"]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ The libraries announce themselves, warn and count on the same two streams that e
 goes to a file in the run's logs/; ours goes to the terminal through a descriptor of its own.
 """
 
+import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,14 +31,31 @@ def console() -> Console:
 
 
 def write(text: str) -> None:
-    """To the user, as it is: file names and data may hold brackets that a markup would eat."""
+    """To the user, as it is: file names and data may hold brackets that a markup would eat. Only no terminal is told
+    what to do by what a file or a model says."""
     file = _stdout()
-    file.write(text)
+    file.write(text.replace("\x1b", "\u241b"))
     file.flush()
 
 
 def say(text: str = "") -> None:
     write(text + "\n")
+
+
+def typed() -> Any:
+    """Standard input, whatever bytes come: one that is not text becomes a replacement character."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
+
+
+def private(text: str) -> str:
+    """Without what names this user: the home folder, and access tokens."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY"):
+        if token := os.environ.get(name):
+            text = text.replace(token, f"<{name}>")
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 @contextmanager
@@ -65,6 +84,10 @@ def held_back(log: Path) -> Iterator[None]:
         for descriptor, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
+        # Warnings name the files that they are about, and libraries lie in somebody's home.
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if (told := private(text)) != text:
+            log.write_text(told, encoding="utf-8")
         logging.lastResort = logging.StreamHandler(sys.stderr)
 
 

@@ -1,11 +1,11 @@
 """test split -> predictions.csv, evaluation_results.json, pictures."""
 
-import csv
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.stages.classifier import CELLS, Classifier, Scoring, Verdict
+from recipes.stages.cells import CELLS, table_line
+from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
 from recipes.stages.run import Run, read_json, write_json, writing
@@ -46,10 +46,9 @@ def _by_answer(
     seconds = time.perf_counter() - began
     predictions = [Prediction(e, a.text, a.stopped) for e, a in zip(items, answers, strict=True)]
     with writing(run.path / "predictions.csv", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["text", "true", "predicted", "stopped"])
+        file.write(table_line(("text", "true", "predicted", "stopped")))
         for p in predictions:
-            table.writerow([p.example.text, p.example.answer, p.answer, int(p.stopped)])
+            file.write(table_line((p.example.text, p.example.answer, p.answer, str(int(p.stopped)))))
     with model.network.disable_adapter():
         shown = [example.prompt for example in items[:_SIDE_BY_SIDE]]
         untrained = generate(model, shown, sampling, recipe.stop, max_length)
@@ -137,10 +136,9 @@ def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any)
 
 def _write_verdicts(run: Run, items: Sequence[Example], verdicts: Sequence[Verdict]) -> None:
     with writing(run.path / "predictions.csv", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["text", "true", *CELLS])
+        file.write(table_line(("text", "true", *CELLS)))
         for example, verdict in zip(items, verdicts, strict=True):
-            table.writerow([example.text, example.answer, *verdict.cells])
+            file.write(table_line((example.text, example.answer, *verdict.cells)))
 
 
 def show_answer(recipe: Recipe, run: Run, model: Model, example: Example, max_length: int) -> None:

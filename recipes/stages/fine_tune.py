@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
             if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
                 raise
             raise StartOver(step_down(run, choice, error)) from error
-        run.add_metrics(base_model=asdict(chosen), train=metrics)
+        run.add_metrics(base_model=chosen.stored(), train=metrics)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         say(
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "

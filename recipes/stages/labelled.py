@@ -10,8 +10,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
+from recipes.stages.cells import quoted
 from recipes.stages.prepare import SPLITS
 from recipes.stages.read import Columns, Layout, csv_rows, layout_of
 from recipes.stages.recipe import Reading, Split, UserError
@@ -27,6 +28,8 @@ from recipes.stages.run import writing
 
 _BLOCK = 1 << 21
 _SLOW_BLOCK = 50_000
+# Characters; offsets within a block are 32 bits wide, and escaping makes a text up to six times as long.
+_SLOW_CHARACTERS = 1 << 25
 # What fold changes: white space at an end, two in a row, or one that is no plain space. RE2's \s is ASCII only.
 _WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _UNTIDY = rf"^ | $|  |[{_WHITE.replace(' ', '')}]"
@@ -62,14 +65,20 @@ def prepare(
     layout = layout_of(source, (columns.text_column, columns.label_column), reading, older)
     scratch = folder / ".texts"
     try:
-        try:
-            cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
-        except pa.ArrowInvalid:
-            reading.dropped.clear()
-            cleaned = _clean(_slow_blocks(source, layout, columns, reading), scratch)
+        cleaned = _cleaned(source, layout, columns, reading, scratch)
         return _split_and_write(source, layout, columns, split, seed, folder, cleaned, reading)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _cleaned(source: Path, layout: Layout, columns: Columns, reading: Reading, scratch: Path) -> Cleaned:
+    if not layout.guarded:
+        with suppress(pa.ArrowInvalid):
+            cleaned = _clean(_fast_blocks(source, layout, columns), scratch)
+            # A file of which nothing is left is looked at by the reader that says why.
+            if len(cleaned.labels):
+                return cleaned
+    return _clean(_slow_blocks(source, layout, columns, reading), scratch)
 
 
 def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Block]:
@@ -80,7 +89,7 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
         reader = pa_csv.open_csv(
             file,
             pa_csv.ReadOptions(
-                block_size=_BLOCK, column_names=names, skip_rows=1,
+                block_size=_BLOCK, column_names=names, skip_rows=layout.header_ends,
                 encoding="utf8" if layout.encoding == "utf-8-sig" else layout.encoding,
             ),
             pa_csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
@@ -95,13 +104,19 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
 
 
 def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Reading) -> Iterator[Block]:
-    rows = csv_rows(source, layout, reading)
-    first = 0
-    while some := list(islice(rows, _SLOW_BLOCK)):
-        texts = [cells[columns.text_column] for _, cells in some]
-        labels = [cells[columns.label_column] for _, cells in some]
+    texts: list[str] = []
+    labels: list[str] = []
+    first = characters = 0
+    for _, cells in csv_rows(source, layout, reading):
+        texts.append(cells[columns.text_column])
+        labels.append(cells[columns.label_column])
+        characters += len(texts[-1]) + len(labels[-1])
+        if len(texts) == _SLOW_BLOCK or characters > _SLOW_CHARACTERS:
+            yield Block(_strings(texts), _strings(labels), first)
+            first += len(texts)
+            texts, labels, characters = [], [], 0
+    if texts:
         yield Block(_strings(texts), _strings(labels), first)
-        first += len(some)
 
 
 def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
@@ -222,7 +237,11 @@ def _split_and_write(
         json.dump({name: total / (len(train) * count) for name, count in train.items()}, file, indent=2)
     with writing(folder / "classes.svg") as file:
         file.write(_bars(by_class))
-    few = {f"class with fewer than {columns.min_samples_per_class} rows": {"rows": int((~keep).sum())}}
+    if rare.any():
+        lost = [record for parts in cleaned.dropped.values() for record in parts]
+        records = np.arange(len(keep) + sum(map(len, lost)))
+        usable = np.setdiff1d(records, np.concatenate(lost)) if lost else records
+        cleaned.dropped[f"class with fewer than {columns.min_samples_per_class} rows"] = [usable[~keep]]
     return {
         **reading.notes,
         "dropped_classes": {
@@ -230,7 +249,7 @@ def _split_and_write(
         },
         "labels": [cleaned.names[i] for i in order],
         "rows": int(keep.sum()),
-        "dropped": _dropped(source, layout, cleaned, reading) | (few if rare.any() else {}),
+        "dropped": _dropped(source, layout, cleaned, reading),
         "identical_texts": {
             "texts": twice,
             "in_more_than_one_split": leaking,
@@ -312,7 +331,7 @@ def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple
 def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
     """The texts once more, into their splits; the same rows as JSONL and as CSV. Returns the longest text's bytes."""
     json_ends = _strings([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
-    csv_ends = _strings([f",{_csv_cell(name)}\n" for name in cleaned.names])
+    csv_ends = _strings([f",{quoted(name)}\n" for name in cleaned.names])
     conflicts: dict[tuple[str, int], int] = {}
     conflicting = np.array(sorted(in_conflict), np.int64)
     longest = at = 0
@@ -380,21 +399,10 @@ def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(_string('"'), doubled, _string('"'), ends, _string(""))
 
 
-def _csv_cell(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
-
-
 def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -> dict[str, dict[str, Any]]:
-    """Counts and first lines by reason. Lines are looked up by reading the file once more, as far as is needed."""
+    """Counts and first lines by reason."""
     found = {reason: np.concatenate(parts) for reason, parts in cleaned.dropped.items()}
-    wanted = {int(record) for records in found.values() for record in records[:20]}
-    lines: dict[int, int] = {}
-    if wanted:
-        for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
-            if record in wanted:
-                lines[record] = line
-                if len(lines) == len(wanted):
-                    break
+    lines = _lines(source, layout, cleaned, {int(record) for records in found.values() for record in records[:20]})
     return {
         **{reason: {"rows": len(at), "first_lines": at[:20]} for reason, at in reading.dropped.items()},
         **{
@@ -402,6 +410,38 @@ def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -
             for reason, records in found.items()
         },
     }
+
+
+def _lines(source: Path, layout: Layout, cleaned: Cleaned, wanted: set[int]) -> dict[int, int]:
+    """Record -> line. Where not every record is one line, by reading the file once more, as far as is needed."""
+    if not wanted:
+        return {}
+    # Those that lost their class are among cleaned.labels, the others are not.
+    with_text = [part for reason, parts in cleaned.dropped.items() if reason.startswith("empty") for part in parts]
+    if _line_ends(source, layout) == layout.header_ends + len(cleaned.labels) + sum(map(len, with_text)):
+        return {record: layout.header_ends + 1 + record for record in wanted}
+    lines = {}
+    for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
+        if record in wanted:
+            lines[record] = line
+            if len(lines) == len(wanted):
+                break
+    return lines
+
+
+def _line_ends(source: Path, layout: Layout) -> int | None:
+    """How many line ends there are, if all are alike and counted in no time."""
+    if layout.encoding == "utf-16":
+        return None
+    count = returns = pairs = 0
+    last = b""
+    with source.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            pairs += chunk.count(b"\r\n") + (last == b"\r" and chunk[:1] == b"\n")
+            returns += chunk.count(b"\r")
+            count += chunk.count(b"\n")
+            last = chunk[-1:]
+    return count + (last != b"\n") if returns == pairs else None
 
 
 def _bars(sizes: dict[str, int]) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from recipes.stages.recipe import Message, Recipe, UserError
 
-_ITEM = re.compile(r"\[\s*([^:\]]+?)\s*:\s*([^\]]+?)\s*\]")
+# Whatever white space is in it: a pattern that trimmed its parts would take hours over a line of blanks.
+_ITEM = re.compile(r"\[([^:\]]*[^:\]\s][^:\]]*):([^\]]*[^\]\s][^\]]*)\]")
 Similarity = Callable[[str, Sequence[str]], list[float]]
 
 
@@ -59,13 +60,15 @@ def read_items(path: Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"--memory {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--memory {path}: {error}; it must be a UTF-8 text file") from None
+        raise UserError(
+            f"--memory {path}: {error.strerror if isinstance(error, OSError) else error}; it must be a UTF-8 text file"
+        ) from None
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if not _ITEM.fullmatch(line.strip()):
-            raise UserError(f"--memory {path}: line {number}: {line.strip()!r} is not of the form [오늘 일정: …]")
+            raise UserError(f"--memory {path}: line {number}: {line.strip()[:60]!r} is not of the form [오늘 일정: …]")
         items.append(line.strip())
     if not items:
         raise UserError(f"--memory {path}: the file is empty; write lines like [오늘 일정: 친구랑 카페 방문]")

@@ -17,7 +17,7 @@ def read(source: Path, options: NoOptions, reading: Reading) -> Iterator[Row]:
         row = {
             "data_type": cells["data_type"].strip(),
             "question": fold(cells["input_data"]),
-            "answer": fold(cells["output_message"] or cells["output_data"].replace(STOP, "")),
+            "answer": fold((cells["output_message"] or cells["output_data"]).replace(STOP, "")),
             "memory": fold(cells["memory"]),
         }
         if row["data_type"] not in ("train", "valid"):

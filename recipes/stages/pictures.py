@@ -18,6 +18,12 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(beside, dpi=120, bbox_inches="tight", format="png")
 
 
+def _plain(name: str) -> str:
+    """A class's name as a label: whoever wrote the file may have called it anything."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name[:25])
+    return name if len(name) < 25 else name[:24] + "…"
+
+
 def confusion(path: Path, true: Sequence[str], predicted: Sequence[str], most: int = 20) -> None:
     """The classes with the most mistakes between them: rows are the truth, columns what they were taken for."""
     mistakes: Counter[str] = Counter()
@@ -42,8 +48,9 @@ def confusion(path: Path, true: Sequence[str], predicted: Sequence[str], most: i
             j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize=7,
             color="white" if shares[i, j] > 0.6 else "black",
         )  # fmt: skip
-    axes.set_xticks(range(len(worst)), worst, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(worst)), worst, fontsize=8)
+    names = [_plain(name) for name in worst]
+    axes.set_xticks(range(len(worst)), names, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(worst)), names, fontsize=8, parse_math=False)
     axes.set_xlabel("answered")
     axes.set_ylabel("true code")
     axes.set_title("The most confused codes (test rows)", fontsize=10)
@@ -58,8 +65,8 @@ def by_size(path: Path, classes: Sequence[dict[str, Any]], named: int = 8) -> No
     axes.scatter(rows, [line["f1"] for line in classes], s=28, color=_BLUE, alpha=0.75, edgecolors="white", zorder=3)
     for line in [line for line in classes if line["f1"] < 0.5][:named]:
         axes.annotate(
-            line["class"], (max(1, line["train_rows"]), line["f1"]), xytext=(5, 3), textcoords="offset points",
-            fontsize=7,
+            _plain(line["class"]), (max(1, line["train_rows"]), line["f1"]), xytext=(5, 3), textcoords="offset points",
+            fontsize=7, parse_math=False,
         )  # fmt: skip
     axes.axhline(0.5, color=_GREY, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")

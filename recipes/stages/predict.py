@@ -1,6 +1,6 @@
 """One text, a file, or lines on standard input -> answers."""
 
-import csv
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.stages.classifier import CELLS, Classifier, Scoring
-from recipes.stages.console import progress, say
+from recipes.stages.cells import CELLS, answer_cells, table_line
+from recipes.stages.classifier import Classifier, Scoring
+from recipes.stages.console import progress, say, typed
 from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
 from recipes.stages.recipe import Reading, Recipe, Sampling, UserError
@@ -29,13 +30,17 @@ def texts(text: str | None) -> Iterable[str]:
         return lines()
     if not text.strip():
         raise UserError('predict: the text is empty; give one, as in predict "…", or lines on standard input')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("predict: the text is not valid in this terminal's encoding; put it into a file") from None
     return [text]
 
 
 def lines() -> Iterator[str]:
     if sys.stdin.isatty():
         say("type a text and press Enter; Ctrl-D ends")
-    for line in sys.stdin:
+    for line in typed():
         if line.strip():
             yield line.strip()
 
@@ -56,9 +61,9 @@ def answerer(
 
     def respond(batch: Sequence[str]) -> list[list[str]]:
         found = several(model, [ask(text) for text in batch], answering, recipe.stop, max_length)
-        return [[answer.text for answer in answers] for answers in found]
+        return [[*(answer.text for answer in some), str(sum(answer.stopped for answer in some))] for some in found]
 
-    return [f"answer_{i + 1}" if i else "answer" for i in range(answering.answers)], respond
+    return answer_cells(answering.answers), respond
 
 
 def tell_speed(recipe: Recipe, model: Model, questions: Sequence[str], sampling: Sampling, max_length: int) -> None:
@@ -84,7 +89,7 @@ def to_terminal(recipe: Recipe, answer: Answerer, questions: Iterable[str], batc
     size = 1 if sys.stdin.isatty() else batch_size
     while batch := list(islice(questions, size)):
         for cells in answer(batch):
-            for line in ["\t".join(cells[:2])] if recipe.closed else cells:
+            for line in ["\t".join(cells[:2])] if recipe.closed else cells[:-1]:
                 say(line.replace("\n", " "))
             if recipe.notice:
                 say(recipe.notice)
@@ -98,9 +103,11 @@ def to_file(
     What is done lies in `<target>.part`. If the same command is given again after an interruption, it goes on
     behind the last whole row there.
     """
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--out {target}: no file can be there; name one in a folder that exists")
     layout = layout_of(source, (text_column,), Reading(source), older=("cp1251",))
     status = source.stat()
-    order = {**made_with, "source": str(source.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
+    order = {**made_with, "source": _mark(source), "bytes": status.st_size, "modified": status.st_mtime_ns}
     part, about = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     rows, size = _finished(part, about, order)
     if rows:
@@ -110,12 +117,11 @@ def to_file(
     with part.open("a", encoding="utf-8", newline="") as file, progress("answering", "rows") as bar:
         # Whatever came after the last finished chunk may be half a row.
         file.truncate(size)
-        table = csv.writer(file, lineterminator="\n")
         if not size:
-            table.writerow([*layout.header, *names])
+            file.write(table_line((*layout.header, *names)))
         task = bar.add_task("", total=total, completed=rows)
         while batch := list(islice(records, _CHUNK)):
-            table.writerows(_answered(batch, layout, text_column, answer, len(names)))
+            file.writelines(map(table_line, _answered(batch, layout, text_column, answer, len(names))))
             file.flush()
             os.fsync(file.fileno())
             rows += len(batch)
@@ -124,6 +130,11 @@ def to_file(
     part.replace(target)
     about.unlink(missing_ok=True)
     return total
+
+
+def _mark(path: Path) -> str:
+    """Tells a path from others without naming it."""
+    return hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _answered(
@@ -156,4 +167,4 @@ def made_with(run: Run, answering: Sampling | Scoring) -> dict[str, Any]:
     """What answers depend on, to tell whether an unfinished file can be continued."""
     settings = {"min_confidence": answering.min_confidence} if isinstance(answering, Scoring) else asdict(answering)
     weights = (run.adapter / "adapter_model.safetensors").stat()
-    return {"run": str(run.path.resolve()), "adapter": weights.st_mtime_ns, **settings}
+    return {"run": _mark(run.path), "adapter": weights.st_mtime_ns, **settings}

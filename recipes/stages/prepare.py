@@ -111,6 +111,10 @@ def prepare(
     With max_length it says which inputs will be cut in training; they are counted where a tokenizer.json is at hand.
     """
     file = source or sample_file(recipe)
+    if path is not None and (path / "data").exists() and not Run(path).prepared:
+        raise UserError(
+            f"--run {path}: its data/ was not prepared by a recipe and would be replaced; name another folder"
+        )
     beside = Path(tempfile.mkdtemp(dir=place_beside(path), prefix=".data.making."))
     try:
         if recipe.closed:
@@ -121,7 +125,14 @@ def prepare(
             found["longest_bytes"] += _bytes(recipe.to_example({"text": "", "label": max(found["labels"], key=len)}))
         else:
             found = _prepare_rows(recipe, file, options, seed, beside)
-        metadata = {"recipe": recipe.name, "source": str(file), "sample": source is None, "seed": seed, **found}
+        metadata = {
+            "recipe": recipe.name,
+            # As the user typed it; where this repository lies is nobody's business.
+            "source": str(source) if source else f"{file.parent.name}/{file.name}",
+            "sample": source is None,
+            "seed": seed,
+            **found,
+        }
         if max_length:
             metadata["cut"] = will_be_cut(recipe, beside, found["longest_bytes"], max_length, tokenizer)
         write_json(beside / "metadata.json", metadata)
@@ -205,10 +216,13 @@ def tell(run: Run, metadata: dict[str, Any]) -> None:
     sizes = ", ".join(f"{name} {part['rows']:,}" for name, part in metadata["splits"].items())
     what = "the recipe's own sample" if metadata["sample"] else metadata["source"]
     say(f"data: {metadata['rows']:,} rows from {what} -> {run.data} ({sizes})")
-    for reason, rows in metadata["dropped"].items():
+    reasons = list(metadata["dropped"].items())
+    for reason, rows in reasons[:20]:
         first = rows.get("first_lines", [])[:5]
         lines = ", ".join(map(str, first)) + (" …" if rows["rows"] > 5 else "")
         say(f"  dropped {rows['rows']:,}: {reason}" + (f" (line {lines})" if first else ""))
+    if len(reasons) > 20:
+        say(f"  and for {len(reasons) - 20:,} more reasons, in {run.data / 'metadata.json'}")
     for code, rows in list(metadata.get("dropped_classes", {}).items())[:10]:
         say(f"    class {code}: {rows} rows")
     cut = metadata.get("cut", {})

@@ -35,7 +35,7 @@ class Begun:
 
     @property
     def chosen(self) -> Chosen:
-        return Chosen(**self.config["base_model"])
+        return Chosen.opened(self.run.config)
 
     def changes(self, config: dict[str, Any], choice: Choice) -> list[str]:
         """What is not as it was, a line each."""

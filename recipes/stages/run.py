@@ -89,7 +89,7 @@ def explained(error: OSError) -> str:
     """What the system refused, in one line with its remedy."""
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
     remedy = _REMEDIES.get(error.errno or 0)
-    return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
+    return f"{where}{error.strerror or ' '.join(str(error).split())}" + (f"; {remedy}" if remedy else "")
 
 
 def as_system_error(error: Exception) -> OSError | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from fallback.patched import patched
-from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
+from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type, refuse_pickles
 from recipes.stages.checkpoint import step_of
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
@@ -54,7 +54,7 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
     backend.import_libraries(choice)
     ensure_files(recipe, chosen)
     tokenizer = load_tokenizer(recipe, chosen.source)
-    network = backend.load(chosen.source, choice, settings.max_length)
+    network = _base(backend, chosen, choice, settings.max_length)
     network = backend.add_lora(
         network,
         dict(
@@ -69,6 +69,18 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
     )
     start_lora(network, settings)
     return Model(network, tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
+
+
+def _base(backend: Any, chosen: Chosen, choice: Choice, max_length: int) -> Any:
+    try:
+        network = backend.load(chosen.source, choice, max_length)
+    except (OSError, ValueError) as error:
+        if chosen.weights == "random":
+            raise
+        raise UserError(f"{chosen.source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    # PEFT writes this name into the adapter's files, and it would be a path of this machine.
+    network.name_or_path = network.config._name_or_path = chosen.stored()["source"]
+    return network
 
 
 def lora_targets(network: Any, settings: Settings) -> list[str] | str:
@@ -408,7 +420,7 @@ def decisions(
     run: Run, settings: Settings, chosen: Chosen, balance: Any = None, preset: str | None = None
 ) -> dict[str, Any]:
     """What training_config.json holds: everything that was decided before anything is computed with it."""
-    config: dict[str, Any] = {"base_model": asdict(chosen), "notice": chosen.description, "preset": preset}
+    config: dict[str, Any] = {"base_model": chosen.stored(), "notice": chosen.description, "preset": preset}
     config["data_sha256"] = data_digest(run)
     config["settings"] = asdict(settings)
     if isinstance(balance, Balance):
@@ -436,8 +448,8 @@ def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_l
     ensure_files(recipe, chosen)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    network = backend.load_adapter(backend.load(chosen.source, choice, max_length), str(run.adapter))
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
+    network = backend.load_adapter(_base(backend, chosen, choice, max_length), str(run.adapter))
     return Model(backend.for_inference(network), tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
 
 
@@ -445,8 +457,9 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     """A trained run and what to answer with: its own backend where that can run here."""
     remedy = f"train one first: python -m recipes.{recipe.name} train"
     run = find_run(recipe, path, lambda run: run.trained, remedy)
+    refuse_pickles(run.adapter, "adapter_model", "adapter_model")
     config = read_json(run.config)
-    chosen = Chosen(**config["base_model"])
+    chosen = Chosen.opened(run.config)
     trained_with = read_json(run.path / "choice.json")["backend"]
     kind = model_type(recipe, chosen)
     quantization = config["settings"]["quantization"]
