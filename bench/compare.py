@@ -25,7 +25,7 @@ from bench.launch import finished, make_ready, sweep
 from bench.recipes import NAMES
 from bench.results import changes
 from bench.summary import summarise
-from fallback.choose import BACKENDS, BackendName, why_not
+from fallback.choose import BACKENDS, BackendName, CannotRun, Dtype, choose, why_not
 from fallback.gpu import Gpu
 from fallback.torch_build import usable_gpu
 from recipes.stages.base_model import Weights, architecture, model_type, settle
@@ -58,6 +58,8 @@ class Compare:
     """Instead of the recipe's."""
     max_length: int | None = None
     """Instead of the recipe's."""
+    dtype: Dtype = "auto"
+    """What both arms compute in; a precision that cannot run here is a skipped row."""
     new_tokens: int = 32
     """Tokens of an answer whose speed is measured."""
     native: bool = False
@@ -96,7 +98,7 @@ def main(arguments: list[str]) -> None:
         {(r.name, arm): flags(args, sizes[r.name], b) for r in recipes for arm, b in arms(backends).items()},
         phases, args.warmup, args.new_tokens, 25 if args.case == "ohlora-table" else 3,
     )  # fmt: skip
-    skipped = obstacles(grid, sizes, gpu)
+    skipped = obstacles(grid, sizes, gpu, args.dtype)
     cases = grid.cases(seed)
     same_machine(folder, sizes)
     for recipe in recipes:
@@ -216,18 +218,24 @@ def flags(args: Compare, size: str, backend: BackendName) -> tuple[str, ...]:
         found += ["--batch-size", str(args.batch_size)]
     if args.max_length is not None:
         found += ["--max-length", str(args.max_length)]
+    if args.dtype != "auto":
+        found += ["--dtype", args.dtype]
     if args.case == "ohlora-table":
         found += ["--lora-rank", "64"]
     return (*found, *(NATIVE[backend] if args.native else ()))
 
 
-def obstacles(grid: Grid, sizes: dict[str, Any], gpu: Gpu | None) -> dict[tuple[str, str], str]:
+def obstacles(grid: Grid, sizes: dict[str, Any], gpu: Gpu | None, dtype: Dtype) -> dict[tuple[str, str], str]:
     """(recipe, arm) -> why it cannot be measured here: a skipped row, never a number under another's name."""
     found = {}
     for recipe in grid.recipes:
         kind = model_type(recipe, settle(recipe, sizes[recipe.name], "random"))
         for arm, backend in arms(grid.backends).items():
             why = why_not(backend, gpu, kind)
+            try:
+                choose(kind, "peft", gpu=gpu, dtype=dtype)
+            except CannotRun as error:
+                why = str(error)
             if why:
                 found[recipe.name, arm] = why
     return found

@@ -5,9 +5,9 @@ from html import escape
 
 STYLE = """
 :root{--ink:#1d2329;--soft:#5c6670;--line:#d5dadf;--page:#fff;--card:#f6f7f9;--warn:#b3261e;
---a:#0b6bcb;--b:#d9730d;--c:#2e8b57;--d:#8a4fbf}
+--a:#0b6bcb;--b:#d9730d;--c:#2e8b57;--d:#8a4fbf;--e:#7a8a99}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a3abb3;--line:#3a4148;--page:#15181b;--card:#1e2226;
---warn:#ff8a80;--a:#62aef7;--b:#f2a154;--c:#6fcf97;--d:#c39bf0}}
+--warn:#ff8a80;--a:#62aef7;--b:#f2a154;--c:#6fcf97;--d:#c39bf0;--e:#93a1ad}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1100px;margin:0 auto;padding:1rem}
@@ -29,7 +29,7 @@ svg .axis{stroke:var(--line)}
 @media(max-width:600px){th,td{padding:.25rem .4rem;font-size:13px}}
 .warn{color:var(--warn);font-weight:600}
 """
-_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)")
 _WIDTH, _LEFT, _ROW = 360, 96, 44
 _ROOM = _WIDTH - _LEFT - 62
 
@@ -83,8 +83,10 @@ def stacks(title: str, parts: Mapping[str, Mapping[str, float]], write: Callable
             content += _tag("rect", x=x, y=y, width=width, height=26, fill=_COLOURS[place], opacity=".75")
             x += width
         content += _label(write(sum(some.values())), _LEFT + _ROOM + 8, y + 18)
-    y, x = len(parts) * _ROW + 14, float(_LEFT)
-    for place, name in enumerate(next(iter(parts.values()))):
+    y, x = len(parts) * _ROW + 14, 4.0
+    for place, name in enumerate(max(map(list, parts.values()), key=len)):
+        if x + 14 + 7 * len(name) > _WIDTH:
+            y, x = y + 18, 4.0
         content += _tag("rect", x=x, y=y - 9, width=10, height=10, fill=_COLOURS[place], opacity=".75")
         content += _label(name, x + 14, y, soft=True)
         x += 24 + 7 * len(name)

@@ -72,6 +72,8 @@ class TrainingMeter:
         self.joules: list[float | None] = []
         self.throttled: list[bool | None] = []
         self.parts: list[int] = []
+        self.tensor_bytes: dict[str, int] = {}
+        """What the model, its gradients and its optimiser hold, counted tensor by tensor."""
         self._gpu: GpuMeter | None = None
         self._last = 0.0
         # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
@@ -96,6 +98,7 @@ class TrainingMeter:
 
         self._count(trainer.model)
         self.parts = trainer.parts
+        self._trainer = trainer
 
         cuda = torch.cuda.is_available()
         self._gpu = GpuMeter(cuda)
@@ -111,6 +114,8 @@ class TrainingMeter:
             time.sleep(self._planted * (time.perf_counter() - self._last))
         now = time.perf_counter()
         self.seconds.append(now - self._last)
+        if not self.tensor_bytes:
+            self.tensor_bytes = held(self._trainer)
         self.joules.append(self._gpu.joules())
         self.throttled.append(self._gpu.throttled())
         self.used = self._memory()
@@ -152,6 +157,35 @@ class TrainingMeter:
             and "vision" not in name
             and not hasattr(module, "base_layer")
         )
+
+
+def held(trainer: Any) -> dict[str, int]:
+    """Bytes by what they are for. Quantised weights bring their scales along, which are no parameters."""
+    import torch
+
+    def size(tensors: Any) -> int:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    named = list(trainer.model.parameters())
+    scales = [t for p in named if (state := getattr(p, "quant_state", None)) for t in _tensors(state)]
+    lora = [p for p in named if p.requires_grad]
+    return {
+        "base weights": size([p for p in named if not p.requires_grad] + list(trainer.model.buffers()) + scales),
+        "LoRA": size(lora),
+        # The optimiser has just let go of them.
+        "gradients": sum(p.numel() * p.element_size() for p in lora),
+        "optimiser": size(
+            t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
+        ),
+    }
+
+
+def _tensors(state: Any) -> list[Any]:
+    """Of bitsandbytes' QuantState, whose scales may be quantised themselves."""
+    inner = getattr(state, "state2", None)
+    own = [getattr(state, name, None) for name in ("absmax", "code", "offset")]
+    return [t for t in own if t is not None] + (_tensors(inner) if inner is not None else [])
 
 
 def matmul_flops_per_second(dtype: str, device: str, seconds: float = 0.3) -> float:

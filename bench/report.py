@@ -317,8 +317,11 @@ def _section(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _memory_parts(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What was there after loading, and what training put on top: on a GPU weights against the rest."""
+    """What is held all the time, by what it is for, and what a step puts on top. Without a GPU the peak is the
+    process's, and the rest is the libraries for the most part."""
     row = max(rows, key=lambda r: next(r["train"][n] for n in MEMORY if r["train"].get(n) is not None))
     name = next(n for n in MEMORY if row["train"].get(n) is not None)
-    loaded = row["train"]["loaded_bytes"]
-    return {"after loading": loaded / 2**20, "training on top": max(0, row["train"][name] - loaded) / 2**20}
+    held = row["train"].get("tensor_bytes", {})
+    rest = "activations" if name == "peak_allocated_bytes" else "libraries, activations"
+    parts = {**held, rest: max(0, row["train"][name] - sum(held.values()))}
+    return {part: size / 2**20 for part, size in parts.items()}

@@ -56,8 +56,6 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
     found["train"] = training(case, meter, run)
     found["train"]["load_seconds"] = trained["load_seconds"]
-    after = trained["memory_bytes"]["after_loading"]
-    found["train"]["loaded_bytes"] = after.get("cuda_allocated", after["resident"])
     peak = matmul_flops_per_second(choice.dtype, choice.device)
     found["train"]["matmul_flops_per_second"] = peak
     found["train"]["mfu"] = found["train"]["flops_per_step"] / found["train"]["step_seconds_median"] / peak
@@ -108,6 +106,7 @@ def training(case: Case, meter: Any, run: Run) -> dict[str, Any]:
         "samples_per_second": sum(sums["rows"][counted]) / seconds.sum(),
         "energy_joules_per_step": spent / len(seconds) if spent is not None else None,
         **meter.used,
+        "tensor_bytes": meter.tensor_bytes,
         "throttled": any(meter.throttled[counted]) if meter.throttled[0] is not None else None,
         "flops_per_step": float(np.mean(flops)),
         "steps": [

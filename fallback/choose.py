@@ -19,6 +19,7 @@ from fallback.torch_build import TorchBuild, read_build, unusable
 BackendName = Literal["unsloth", "peft+liger", "peft"]
 Backend = Literal["auto", "unsloth", "peft+liger", "peft"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft+liger", "peft")
 """Fastest first; the last runs wherever torch does."""
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
@@ -84,6 +85,7 @@ def choose(
     optimizer: str = "adamw_torch",
     gpu: Gpu | Literal["read"] | None = "read",
     attention: Attention = "auto",
+    dtype: Dtype = "auto",
     build: TorchBuild | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Choice:
@@ -105,8 +107,8 @@ def choose(
     if idle:
         gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
-    dtype, reasons["dtype"] = _dtype(gpu, model_type)
-    chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, dtype)
+    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype)
+    chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, chosen_dtype)
 
     eight_bit = quantization == "8bit"
     layers = components.bitsandbytes_8bit(gpu, build) if eight_bit else components.bitsandbytes_4bit(gpu, build)
@@ -126,7 +128,7 @@ def choose(
     triton = components.triton(gpu)
     reasons["loss"] = "fused LM head in Triton" if triton.usable else f"fused LM head in plain torch: {triton.reason}"
     device: Literal["cuda", "cpu"] = "cpu" if gpu is None else "cuda"
-    return Choice(backend, device, dtype, chosen_attention, quantization, optimizer, triton.usable, reasons)
+    return Choice(backend, device, chosen_dtype, chosen_attention, quantization, optimizer, triton.usable, reasons)
 
 
 def _backend(
@@ -187,7 +189,18 @@ def _attention(
     return wanted, f"--attention {wanted}"
 
 
-def _dtype(gpu: Gpu | None, model_type: str) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
+def _dtype(gpu: Gpu | None, model_type: str, wanted: Dtype) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
+    if wanted != "auto":
+        obstacle = None
+        if wanted == "float16" and gpu is None:
+            obstacle = "it trains with loss scaling, on GPUs only"
+        elif wanted == "float16" and model_type.startswith("gemma"):
+            obstacle = "Gemma's activations overflow it"
+        elif wanted == "bfloat16" and gpu is not None and not gpu.bf16:
+            obstacle = f"{gpu.name} only emulates it; hardware begins at compute capability 8.0"
+        if obstacle:
+            raise CannotRun(f"--dtype {wanted} cannot run here: {obstacle}. Use --dtype auto")
+        return wanted, f"--dtype {wanted}"
     if gpu is None:
         # Emulated bfloat16 would be slower than float32, and these models are small.
         return "float32", "CPUs compute float32 at full speed, and it is the most exact"

@@ -237,3 +237,18 @@ def test_attention_that_was_asked_for_or_why_not(monkeypatch: pytest.MonkeyPatch
         choose("llama", "peft", gpu=modern, attention="flash_attention_2")
     monkeypatch.setattr(components.importlib.util, "find_spec", lambda name: object())
     assert choose("llama", "peft", gpu=modern, attention="flash_attention_2").attention == "flash_attention_2"
+
+
+def test_a_precision_that_is_asked_for_or_why_not() -> None:
+    def dtype(model: str, gpu: str | None, wanted: Any) -> str:
+        return choose(model, "peft", gpu=gpu and card(gpu), dtype=wanted).dtype
+
+    assert dtype("llama", None, "bfloat16") == "bfloat16"
+    assert dtype("llama", "RTX 3060", "float32") == "float32"
+    assert dtype("llama", "RTX 3060", "float16") == "float16"
+    with pytest.raises(CannotRun, match=r"T4 only emulates it.*Use --dtype auto"):
+        dtype("llama", "T4", "bfloat16")
+    with pytest.raises(CannotRun, match="Gemma's activations overflow it"):
+        dtype("gemma3_text", "RTX 3060", "float16")
+    with pytest.raises(CannotRun, match="on GPUs only"):
+        dtype("llama", None, "float16")

@@ -95,7 +95,8 @@ def rows_of(slower: float = 1.0, loss: float = 1.0, reason: str | None = None) -
             seconds = 0.1 * factor * (1 + 0.01 * repeat)
             train = {
                 "step_seconds_median": seconds, "tokens_per_second": 100 / seconds, "throttled": None,
-                "peak_resident_bytes": 2**30, "loaded_bytes": 2**29,
+                "peak_resident_bytes": 2**30,
+                "tensor_bytes": {"base weights": 2**28, "LoRA": 2**20, "gradients": 2**20, "optimiser": 2**21},
                 "steps": [
                     {"seconds": seconds, "loss": 3.0 * scale - n / 10, "grad_norm": 1.0, "batch": f"b{n}"}
                     for n in range(5)

@@ -44,6 +44,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         settings.quantization,
         settings.optimizer,
         attention=settings.attention,
+        dtype=settings.dtype,
         failed=failed,
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")

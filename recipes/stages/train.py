@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fallback.choose import Attention, Backend, CannotRun, Choice, choose
+from fallback.choose import Attention, Backend, CannotRun, Choice, Dtype, choose
 from fallback.patched import patched
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type, refuse_pickles
 from recipes.stages.checkpoint import step_of
@@ -465,8 +465,11 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     quantization = config["settings"]["quantization"]
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
     attention: Attention = "auto" if recipe.closed else config["settings"].get("attention", "auto")
+    dtype: Dtype = config["settings"].get("dtype", "auto")
     try:
-        choice = choose(kind, trained_with if wanted == "auto" else wanted, quantization, attention=attention)
+        choice = choose(
+            kind, trained_with if wanted == "auto" else wanted, quantization, attention=attention, dtype=dtype
+        )
     except CannotRun:
         if wanted != "auto":
             raise
