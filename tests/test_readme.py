@@ -2,12 +2,16 @@
 
 import re
 import shlex
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, recipe
 
-from recipes.stages import cli
+from recipes.stages import cli, resume
+from recipes.stages.base_model import settle
+from recipes.stages.run import Run, write_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.partition("#")[0].strip() for line in re.findall(r"^    (.*(?:make |python -m ).*)$", README, re.M)]
@@ -24,7 +28,7 @@ def test_make_targets(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m recipes." in c])
-def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Through the real parser, with only the work behind it taken away."""
     words = shlex.split(command.partition("python -m recipes.")[2])
     name, given = words[0], words[1:]
@@ -33,6 +37,12 @@ def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) ->
     class Parsed(Exception):
         pass
 
+    if "--resume" in given:
+        run, chosen = Run(tmp_path), settle(recipe(name), "tiny")
+        write_json(run.config, {"base_model": chosen.stored(), "settings": asdict(recipe(name).settings)})
+        write_json(run.path / "choice.json", {"backend": "peft"})
+        begun = resume.begun(recipe(name), tmp_path)
+        monkeypatch.setattr(resume, "begun", lambda recipe, path: begun)
     real = cli.parse
 
     def parse(*arguments: Any) -> Any:
