@@ -84,8 +84,8 @@ def stacks(title: str, parts: Mapping[str, Mapping[str, float]], write: Callable
             x += width
         content += _label(write(sum(some.values())), _LEFT + _ROOM + 8, y + 18)
     y, x = len(parts) * _ROW + 14, 4.0
-    names = [list(some) for some in parts.values()]
-    for place, name in enumerate(max(names, key=len)):
+    longest: list[str] = max((list(some) for some in parts.values()), key=len)
+    for place, name in enumerate(longest):
         if x + 14 + 7 * len(name) > _WIDTH:
             y, x = y + 18, 4.0
         content += _tag("rect", x=x, y=y - 9, width=10, height=10, fill=_COLOURS[place], opacity=".75")
