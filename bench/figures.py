@@ -3,6 +3,7 @@
 A table stands between <!-- figures: NAME --> and <!-- end -->; what is between them is never written by hand.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import tyro
 from bench import report
 from bench.prepare import WRITERS
 from bench.recipes import table
+from bench.statistics import RATIO_LEVEL
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import read_json, write_whole
@@ -126,8 +128,33 @@ def compare() -> str:
     )
 
 
+def trust() -> str:
+    """At the level it was measured with, and at the one that is used now: Student's interval of n pairs is as much
+    wider as the quantiles are."""
+    from scipy.stats import t
+
+    found = read_json(RESULTS / "trust.json")
+    levels = sorted({found["level"], RATIO_LEVEL})
+    lines = []
+    for level in levels:
+        counts = []
+        for kind in ("equal", "planted"):
+            differ = 0
+            for ratio in found["comparisons"][kind]:
+                low, middle, high = (math.log(ratio[end]) for end in ("low", "value", "high"))
+                wider = t.ppf((1 + level) / 2, ratio["pairs"] - 1) / t.ppf((1 + found["level"]) / 2, ratio["pairs"] - 1)
+                differ += abs(middle) > (high - low) / 2 * wider
+            counts.append(f"{differ} of {found['runs']}")
+        lines.append([f"{level:.0%}" + " (in use)" * (level == RATIO_LEVEL), *counts])
+    header = ["interval", "equal arms told apart", f"slow-downs by {found['planted']:.0%} found"]
+    env = found["environment"]
+    made = f"{found['repeats']} pairs each, {env['processor']}, {env['cores']} cores: `{found['command']}`"
+    return report.markdown(header, lines) + f"\n\n{made}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "prepare": prepare, "recipes": recipes, "compare": compare,
+    "trust": trust,
 }  # fmt: skip
 
 

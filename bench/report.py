@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import drawing
+from bench.statistics import RATIO_LEVEL
 from recipes.stages.console import console
 from recipes.stages.run import write_json, write_whole
 
@@ -242,8 +243,8 @@ def _how(summary: dict[str, Any]) -> str:
         else "Like with like: the same precision, quantisation, optimiser, batches and LoRA start."
     )
     return (
-        f"{alike} Ratios are of pairs measured one after the other, with 95 % intervals; where one holds 1, no "
-        "difference is shown."
+        f"{alike} Ratios are of pairs measured one after the other, with {RATIO_LEVEL:.0%} intervals; where one holds "
+        "1, no difference is shown."
     )
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from bench import report
 from bench.launch import finished
+from bench.statistics import RATIO_LEVEL
 from bench.summary import GENERATE, TRAIN, summarise
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
@@ -170,7 +171,7 @@ def differences(
     return found
 
 
-def unpaired(before: Sequence[float], after: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+def unpaired(before: Sequence[float], after: Sequence[float], level: float = RATIO_LEVEL) -> tuple[float, float, float]:
     """Welch's interval of the ratio after / before, on logarithms. One value alone has no spread to speak of; then the
     tolerance decides."""
     from scipy.stats import t

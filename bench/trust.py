@@ -3,8 +3,8 @@ it finds one that was put there.
 
     python -m bench trust --out results/trust.json      hours of patience are well spent: 480 trainings
 
-A comparison of an arm with itself should find nothing; one of 20 does by chance. The planted slow-down sleeps at the
-end of every step of one arm (BENCH_PLANT_SLEEP), for a share of what the step took.
+A comparison of an arm with itself should find nothing; at a level of 99 %, one of a hundred does by chance. The
+planted slow-down sleeps at the end of every step of one arm (BENCH_PLANT_SLEEP), for a share of what the step took.
 """
 
 import os
@@ -20,6 +20,7 @@ from bench.case import Grid, arms
 from bench.compare import Compare, flags, named
 from bench.launch import finished, sweep
 from bench.report import deliver, said
+from bench.statistics import RATIO_LEVEL
 from bench.summary import summarise
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> None:
         "runs": args.runs,
         "repeats": args.repeats,
         "planted": args.planted,
+        "level": RATIO_LEVEL,
         "false_alarms": alarms,
         "found": hits,
         "comparisons": found,
