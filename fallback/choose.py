@@ -93,7 +93,7 @@ def choose(
             try:
                 build = read_build()
             except Failed as failed:
-                raise CannotRun(f"torch: {failed}; install it anew") from None
+                raise CannotRun(f"torch: {failed}; install everything anew: make clean setup") from None
     reasons = {"device": "no usable NVIDIA GPU"}
     if gpu is not None:
         reasons["device"] = f"{gpu.name}, compute capability {components.dotted(gpu.capability)}"
