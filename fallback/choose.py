@@ -98,7 +98,7 @@ def choose(
             try:
                 build = read_build()
             except Failed as error:
-                raise CannotRun(f"torch: {error}; install it anew") from None
+                raise CannotRun(f"torch: {error}; install everything anew: make clean setup") from None
     reasons = {"device": "no usable NVIDIA GPU"}
     if gpu is not None:
         reasons["device"] = f"{gpu.name}, compute capability {components.dotted(gpu.capability)}"

@@ -18,6 +18,8 @@ from fallback.probe import Failed, probe
 from fallback.torch_build import TorchBuild, remedy, unusable
 
 _UNSLOTH = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "triton", "torchvision")
+# What is there but does not import fits some other version of what is beside it: only the lock's set goes together.
+_ANEW = "make clean setup"
 # CUDA version of a binary in bitsandbytes 0.50.2 -> the lowest compute capability it has kernels for.
 BITSANDBYTES = {
     (11, 8): (6, 0), (12, 1): (6, 0), (12, 4): (6, 0), (12, 6): (6, 0), (12, 8): (7, 0),
@@ -93,7 +95,7 @@ def triton(gpu: Gpu | None) -> Component:
     try:
         probe("triton", "import triton, triton.language", ("triton",))
     except Failed as failed:
-        return Component(False, f"Triton: {failed}", "pip install --force-reinstall triton")
+        return Component(False, f"Triton: {failed}", _ANEW)
     return Component(True, "compiles for compute capability 7.0 and newer")
 
 
@@ -113,9 +115,9 @@ def unsloth(gpu: Gpu | None) -> Component:
         if not kernels.usable:
             return kernels
     obstacle = probe_unsloth(gpu)
-    return Component(
-        obstacle is None, obstacle or "imports and runs here", "pip install -U unsloth" if obstacle else ""
-    )
+    if obstacle is not None:
+        return Component(False, obstacle, _ANEW)
+    return Component(True, "imports and runs here")
 
 
 def probe_unsloth(gpu: Gpu | None) -> str | None:
@@ -215,7 +217,7 @@ def xformers(gpu: Gpu | None) -> Component:
         return _first(missing, _too_old(gpu, (7, 5), "its kernels need")) or missing
     built = _source("xformers", "cpp_lib.json")
     if not built:
-        return Component(False, "it was installed without its kernels", "pip install --force-reinstall xformers")
+        return Component(False, "it was installed without its kernels", _ANEW)
     held = re.findall(r"(\d+)\.(\d+)", json.loads(built)["env"]["TORCH_CUDA_ARCH_LIST"])
     lowest = min((int(major), int(minor)) for major, minor in held)
     too_old = _too_old(gpu, lowest, "its kernels need")

@@ -138,7 +138,7 @@ def test_a_triton_that_does_not_import_is_no_triton(monkeypatch: pytest.MonkeyPa
     for name in ("triton", "liger", "torch.compile", "unsloth"):
         assert not found[name].usable
         assert "built for another machine" in found[name].reason
-        assert found[name].remedy == "pip install --force-reinstall triton"
+        assert found[name].remedy == "make clean setup"
 
 
 def test_what_is_not_installed_does_not_hide_that_the_card_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
