@@ -62,7 +62,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary of a sweep, made anew from its rows, and the rows."""
     try:
         plan, environment = read_json(folder / "plan.json"), read_json(folder / "environment.json")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a folder that bench compare has written ({error})") from None
     rows = list(finished(folder).values())
     if not rows:

@@ -271,6 +271,7 @@ def test_remote_code_is_off_and_nothing_turns_it_on() -> None:
         for file in (ROOT / package).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             assert len(re.findall("trust_remote_code", text)) == len(re.findall("trust_remote_code=False", text)), file
+    assert all("'use_safetensors': True" in where for where, _ in calls("SentenceTransformer"))
     assert not calls("torch.load")
     assert not calls("pickle.load")
     assert not calls("pickle.loads")

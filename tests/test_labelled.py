@@ -91,9 +91,10 @@ def test_unsound_lines_are_read_as_python_reads_them(line: str, tmp_path: Path) 
 
 def test_a_quote_that_is_never_closed_swallows_no_rows_in_silence(tmp_path: Path) -> None:
     good = [f"{i},text {i},{'a' if i % 2 else 'b'}\n" for i in range(40)]
-    (tmp_path / "in.csv").write_text("x,t,c\n" + "".join([*good[:20], '1,"open quote,a\n', *good[20:]]))
-    with pytest.raises(UserError, match=r"in.csv: line 22: a quote is opened in this row and never closed"):
-        prepared(tmp_path / "in.csv", tmp_path / "data")
+    for name, line in (("middle", '1,"open quote,a\n'), ("last", '1,text,"open quote\n')):
+        (tmp_path / f"{name}.csv").write_text("x,t,c\n" + "".join([*good[:20], line, *good[20:]]))
+        with pytest.raises(UserError, match=r"csv: line 22: a quote is opened in this row and never closed"):
+            prepared(tmp_path / f"{name}.csv", tmp_path / name)
 
 
 @pytest.mark.parametrize("blank", ["", "\n"], ids=["a line each", "a blank line"])

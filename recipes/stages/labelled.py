@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -81,13 +81,36 @@ def _cleaned(source: Path, layout: Layout, columns: Columns, reading: Reading, s
     return _clean(_slow_blocks(source, layout, columns, reading), scratch)
 
 
+# A last row of our own: pyarrow takes a quote that is never closed for a cell that ends with the file.
+_END = "\x1aend of the file\x1a"
+
+
+class _Ended:
+    """A file with one more row."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes], layout: Layout):
+        row = "\n" + layout.delimiter.join([_END] * layout.width) + "\n"
+        start = file.read(2)
+        file.seek(0)
+        wide = "utf-16-le" if start == b"\xff\xfe" else "utf-16-be"
+        self.file, self.end = file, row.encode(wide if layout.encoding == "utf-16" else "utf-8")
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        if not data:
+            data, self.end = self.end, b""
+        return data
+
+
 def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Block]:
     names = [f"c{i}" for i in range(layout.width)]
     wanted = [names[layout.where[name]] for name in (columns.text_column, columns.label_column)]
 
     with source.open("rb") as file:
         reader = pa_csv.open_csv(
-            file,
+            _Ended(file, layout),
             pa_csv.ReadOptions(
                 block_size=_BLOCK, column_names=names, skip_rows=layout.header_ends,
                 encoding="utf8" if layout.encoding == "utf-8-sig" else layout.encoding,
@@ -98,9 +121,16 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
             ),
         )  # fmt: skip
         first = 0
+        last = None
         for batch in reader:
-            yield Block(batch.column(0), batch.column(1), first)
-            first += batch.num_rows
+            if last is not None:
+                yield Block(last.column(0), last.column(1), first)
+                first += last.num_rows
+            last = batch if batch.num_rows else last
+        if last is None or [last.column(i)[-1].as_py() for i in range(2)] != [_END, _END]:
+            raise pa.ArrowInvalid("a quote is never closed")
+        last = last.slice(0, last.num_rows - 1)
+        yield Block(last.column(0), last.column(1), first)
 
 
 def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Reading) -> Iterator[Block]:

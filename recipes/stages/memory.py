@@ -112,7 +112,7 @@ def _by_model(name: str | None) -> Similarity | None:
             "leave --memory-model away"
         ) from None
     try:
-        model: Any = SentenceTransformer(name)
+        model: Any = SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise UserError(f"--memory-model {name}: {' '.join(str(error).split())[:160]}") from None
 

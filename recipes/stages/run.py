@@ -109,8 +109,15 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+class BrokenFile(UserError, ValueError):
+    """A file of a run that does not hold what we wrote."""
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path}: not the JSON that was written there ({error})") from None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

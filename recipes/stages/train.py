@@ -458,14 +458,17 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     remedy = f"train one first: python -m recipes.{recipe.name} train"
     run = find_run(recipe, path, lambda run: run.trained, remedy)
     refuse_pickles(run.adapter, "adapter_model", "adapter_model")
-    config = read_json(run.config)
     chosen = Chosen.opened(run.config)
-    trained_with = read_json(run.path / "choice.json")["backend"]
+    try:
+        trained_with = read_json(run.path / "choice.json")["backend"]
+        settings = read_json(run.config)["settings"]
+        quantization, max_length = settings["quantization"], int(settings["max_length"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path}: its choice.json and training_config.json are not whole ({error!r})") from None
     kind = model_type(recipe, chosen)
-    quantization = config["settings"]["quantization"]
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
-    attention: Attention = "auto" if recipe.closed else config["settings"].get("attention", "auto")
-    dtype: Dtype = config["settings"].get("dtype", "auto")
+    attention: Attention = "auto" if recipe.closed else settings.get("attention", "auto")
+    dtype: Dtype = settings.get("dtype", "auto")
     try:
         choice = choose(
             kind, trained_with if wanted == "auto" else wanted, quantization, attention=attention, dtype=dtype
@@ -475,4 +478,4 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
             raise
         choice = choose(kind, "auto", quantization)
     print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
-    return run, chosen, choice, config["settings"]["max_length"]
+    return run, chosen, choice, max_length
