@@ -152,20 +152,3 @@ class TrainingMeter:
             and "vision" not in name
             and not hasattr(module, "base_layer")
         )
-
-
-def matmul_flops_per_second(dtype: str, device: str, seconds: float = 0.3) -> float:
-    """What this device reaches in one large matrix product: the measure that a training step is held against."""
-    import torch
-
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    best, spent = float("inf"), 0.0
-    while spent < seconds:
-        began = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took = time.perf_counter() - began
-        best, spent = min(best, took), spent + took
-    return 2 * size**3 / best
