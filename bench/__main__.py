@@ -1,4 +1,4 @@
-"""Measurements: python -m bench compare | balance | classify | prepare | recipes, and what to do with them."""
+"""Measurements: python -m bench compare | plan | balance | classify | prepare | recipes, and what to do with them."""
 
 import importlib
 import sys
@@ -9,6 +9,10 @@ COMMANDS = {
     "compare": (
         "compare:main",
         "memory, time and tokens per second with and without Unsloth; the same training?",
+    ),
+    "plan": (
+        "plan:main",
+        "parameters, steps, memory and time before any download; --check holds them against trainings",
     ),
     "report": ("results:report_command", "a comparison's report, written and shown again"),
     "diff": ("results:diff_command", "two comparisons: what became worse, and was it the code or the machine?"),

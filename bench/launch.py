@@ -67,15 +67,16 @@ def _key(case: Case) -> dict[str, Any]:
     return {"recipe": case.recipe, "arm": case.arm, "backend": case.backend, "repeat": case.repeat}
 
 
-def one(case: Case, folder: Path, limit_seconds: float) -> dict[str, Any]:
+def one(case: Case, folder: Path, limit_seconds: float, worker: str = "bench.worker") -> dict[str, Any]:
     """Run one case to its end, its time limit or its failure."""
     work = folder / "work" / case.name
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / "case.json", asdict(case))
     log = folder / "logs" / f"{case.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     files = [str((work / name).resolve()) for name in ("case.json", "out.json", "run")]
-    command = [sys.executable, "-m", "bench.worker", *files]
+    command = [sys.executable, "-m", worker, *files]
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         # A group of its own: whatever it starts ends with it.

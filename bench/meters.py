@@ -4,6 +4,7 @@ import os
 import time
 from typing import Any
 
+from bench.held import storages, weights
 from recipes.stages.train import memory_in_use
 
 
@@ -115,7 +116,7 @@ class TrainingMeter:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         if not self.tensor_bytes:
-            self.tensor_bytes = held(self._trainer)
+            self.tensor_bytes = tensors_of(self._trainer)
         self.joules.append(self._gpu.joules())
         self.throttled.append(self._gpu.throttled())
         self.used = self._memory()
@@ -159,47 +160,12 @@ class TrainingMeter:
         )
 
 
-def held(trainer: Any) -> dict[str, int]:
-    """Bytes by what they are for. Quantised weights bring their scales along, which are no parameters."""
+def tensors_of(trainer: Any) -> dict[str, int]:
+    """Bytes by what they are for; the optimiser has just let go of the gradients, which are as large as LoRA."""
     import torch
 
-    def size(tensors: Any) -> int:
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
-
-    named = list(trainer.model.parameters())
-    scales = [t for p in named if (state := getattr(p, "quant_state", None)) for t in _tensors(state)]
-    lora = [p for p in named if p.requires_grad]
-    return {
-        "base weights": size([p for p in named if not p.requires_grad] + list(trainer.model.buffers()) + scales),
-        "LoRA": size(lora),
-        # The optimiser has just let go of them.
-        "gradients": sum(p.numel() * p.element_size() for p in lora),
-        "optimiser": size(
-            t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
-        ),
-    }
-
-
-def _tensors(state: Any) -> list[Any]:
-    """Of bitsandbytes' QuantState, whose scales may be quantised themselves."""
-    inner = getattr(state, "state2", None)
-    own = [getattr(state, name, None) for name in ("absmax", "code", "offset")]
-    return [t for t in own if t is not None] + (_tensors(inner) if inner is not None else [])
-
-
-def matmul_flops_per_second(dtype: str, device: str, seconds: float = 0.3) -> float:
-    """What this device reaches in one large matrix product: the measure that a training step is held against."""
-    import torch
-
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    best, spent = float("inf"), 0.0
-    while spent < seconds:
-        began = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took = time.perf_counter() - began
-        best, spent = min(best, took), spent + took
-    return 2 * size**3 / best
+    parts = weights(trainer.model)
+    lora = parts.pop("lora_weights")
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    optimiser = storages(value for value in states if isinstance(value, torch.Tensor))
+    return {"base weights": sum(parts.values()), "LoRA": lora, "gradients": lora, "optimiser": optimiser}

@@ -38,7 +38,8 @@ def main(case_file: str, out: str, folder: str) -> None:
 
 
 def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    from bench.meters import TrainingMeter, matmul_flops_per_second
+    from bench.meters import TrainingMeter
+    from recipes.stages.pace import matmul_flops_per_second
 
     meter = TrainingMeter(case.arm)
     args = cli.parse_train(recipe, "train", [*case.flags, "--run", str(folder)])

@@ -143,6 +143,7 @@ RECIPE = Recipe(
             "optimizer": "adamw_8bit",
         },
     },
+    best_presets=("quality", "balanced", "fast", "memory_efficient"),
     miniature={"learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "epochs": 20, "checkpointing": False},
     split=Split(validation=0.1, test=0.1, by="category"),
     sample="civil.csv",

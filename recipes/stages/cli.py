@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +15,20 @@ import tyro
 from fallback.choose import Backend, CannotRun
 from fallback.gpu import Gpu, read_gpu
 from fallback.torch_build import usable_gpu
-from recipes.stages import chat, evaluate, history, plan, predict, prepare, resume, stats, train
+from recipes.stages import (
+    chat,
+    evaluate,
+    history,
+    pace,
+    plan,
+    plan_data,
+    plan_report,
+    predict,
+    prepare,
+    resume,
+    stats,
+    train,
+)
 from recipes.stages.base_model import (
     ensure_files,
     load_tokenizer,
@@ -23,7 +37,7 @@ from recipes.stages.base_model import (
 )
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import held_back, say
-from recipes.stages.fine_tune import fine_tune, less_memory, starting_over
+from recipes.stages.fine_tune import fine_tune, starting_over
 from recipes.stages.memory import Memory, Recall
 from recipes.stages.recipe import Interrupted, Recipe, Sampling, Settings, UserError
 from recipes.stages.run import explained
@@ -99,6 +113,8 @@ class Train(Generic[Options, Balancing]):
     preset: str | None = None
     """A named set of settings; flags given beside it override it. Where presets are named after an amount of GPU
     memory, the GPU's own decides if none is named."""
+    auto_preset: bool = False
+    """Take the best preset that fits this GPU by what plan calculates, which takes some seconds. At full size only."""
     size: Literal["auto", "tiny", "small", "full"] = "auto"
     """full is the real model; tiny and small are the same architecture, shrunk, with random weights; auto takes full
     where there is a CUDA GPU and the weights are at hand, else tiny."""
@@ -117,16 +133,23 @@ class Train(Generic[Options, Balancing]):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Calculate parameters, steps and memory of a full-size training, before any download."""
+class Plan(Generic[Options]):
+    """Calculate parameters, steps, memory and time of a full-size training, before any download."""
 
+    options: Options
     settings: Settings
-    rows: int = 10_000
-    """Training examples."""
+    source: Path | None = None
+    """Your data, whose tokens are counted; without it the recipe's own sample."""
+    run: Path | None = None
+    """A prepared run, whose training split is counted instead."""
+    rows: int | None = None
+    """Training examples, where there is no file yet: the mean length found is scaled to so many."""
     gpu: tuple[str, ...] = ()
     """Cards to ask for: --gpu "RTX 4090" 12GB "Quadro M6000:5.2:12"; without it this machine's, else usual ones."""
     preset: str | None = None
     """As for train."""
+    presets: bool = False
+    """Tell instead which presets fit those cards, best first."""
     json: bool = False
     """Print it as JSON."""
 
@@ -289,6 +312,7 @@ def settings_in_force(recipe: Recipe, given: list[str]) -> tuple[Settings, str |
     the defaults that --help shows and that single flags override."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
+    early.add_argument("--auto-preset", action="store_true")
     early.add_argument("--size", default="auto")
     early.add_argument("--weights")
     early.add_argument("--model")
@@ -296,7 +320,9 @@ def settings_in_force(recipe: Recipe, given: list[str]) -> tuple[Settings, str |
     # A value that tyro will refuse in a moment is none of our business here.
     sound = known.size in ("tiny", "small", "full", "auto") and known.weights in (None, "random", "pretrained")
     full = sound and settle(recipe, known.size, known.weights, known.model).size == "full"
-    preset = known.preset or (preset_for(recipe, usable_gpu()) if full else None)
+    preset = known.preset
+    if preset is None and full:
+        preset = planned_preset(recipe) if known.auto_preset else preset_for(recipe, usable_gpu())
     if preset is not None and preset not in recipe.presets:
         raise UserError(f"--preset {preset}: unknown; {recipe.name} has {', '.join(recipe.presets) or 'no presets'}")
     changes = dict(recipe.presets[preset]) if preset is not None else {}
@@ -456,16 +482,55 @@ def memory_command(recipe: Recipe, given: list[str]) -> None:
 
 def plan_command(recipe: Recipe, given: list[str]) -> None:
     settings, preset = settings_in_force(recipe, [*given, "--size", "full"])
-    args = parse(recipe, "plan", Plan, given, Plan(settings, preset=preset))
+    kind: Any = Plan[type(recipe.options)]  # type: ignore[misc]
+    args = parse(recipe, "plan", kind, given, Plan(recipe.options, settings, preset=preset))
     here = read_gpu()
     gpus = [plan.card(name) for name in args.gpu] or ([here] if here else [plan.card(name) for name in plan.CARDS])
     with tempfile.TemporaryDirectory() as folder, held_back(Path(folder) / "libraries.log"):
-        planned = plan.plan(recipe, args.settings, args.rows)
+        if args.presets:
+            tell_presets(recipe, args.settings, gpus, args.json)
+            return
+        data = plan_data.count(recipe, args.options, args.source, args.run, args.rows, args.settings.max_length)
+        planned = plan.plan(recipe, args.settings, data.rows)
+        speeds = {} if args.gpu else speed_here(recipe, args.settings, here)
+        found = plan_report.as_json(recipe, args.settings, planned, data, gpus, speeds)
         if args.json:
-            say(json.dumps(plan.as_json(planned, args.settings, gpus)))
+            say(json.dumps(found, ensure_ascii=False))
         else:
-            remedy = less_memory(recipe, args.settings, args.preset).partition(": ")[2]
-            plan.tell(recipe, args.settings, args.rows, planned, gpus, remedy)
+            plan_report.tell(found, args.settings)
+
+
+def speed_here(recipe: Recipe, settings: Settings, gpu: Gpu | None) -> dict[str, float]:
+    """What this machine reaches in a large matrix product."""
+    if gpu is None:
+        return {"this CPU": pace.matmul_flops_per_second("float32", "cpu")}
+    return {gpu.name: pace.matmul_flops_per_second(plan.choice_for(recipe, settings, gpu).dtype, "cuda")}
+
+
+def tell_presets(recipe: Recipe, settings: Settings, gpus: Sequence[Gpu], as_json: bool) -> None:
+    fits = {gpu.name: plan.presets(recipe, settings, gpu) for gpu in gpus}
+    if as_json:
+        say(json.dumps(fits))
+        return
+    for card, verdicts in fits.items():
+        say(f"{card}: " + (", ".join(f"{name} {told}" for name, told in verdicts.items()) or "there are no presets"))
+
+
+def planned_preset(recipe: Recipe) -> str:
+    """Of the recipe's presets the best that fits this GPU. Asked for in a process of its own: plan loads libraries that
+    a backend has to precede."""
+    if read_gpu() is None or not recipe.presets:
+        why = "there is no GPU here" if recipe.presets else f"{recipe.name} has no presets"
+        raise UserError(f"--auto-preset: {why}; leave it away")
+    command = [sys.executable, "-m", f"recipes.{recipe.name}", "plan", "--presets", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if done.returncode:
+        raise UserError(f"--auto-preset: plan failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    [verdicts] = json.loads(done.stdout).values()
+    fitting = [name for name, told in verdicts.items() if told == "fits"]
+    if not fitting:
+        raise UserError(f"--auto-preset: no preset fits this GPU; see python -m recipes.{recipe.name} plan")
+    return fitting[0]
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:

@@ -1,30 +1,36 @@
 """How much memory a training step takes, found by taking it on the meta device: the model's real forward and backward,
-its real checkpointing, where tensors have shapes and no contents. What is alive is counted storage by storage.
-
-Stand-ins take the place of what a GPU computes with kernels of its own: the NF4 product, fused attention, the fused
-loss. They keep alive for the backward pass what those keep.
+its real checkpointing, PEFT's real LoRA, where tensors have shapes and no contents. What is alive is counted storage by
+storage; see standins for what takes the place of kernels.
 """
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from recipes.stages.base_model import architecture
-from recipes.stages.recipe import Recipe, Settings
+from fallback.choose import BackendName
+from recipes.stages import standins
+from recipes.stages.recipe import Settings
+
+# Enough for the ends of a model, and for both kinds of attention where there are two.
+_FEW = 2
+Loss = Literal["none", "fused", "chunked", "full logits", "unsloth", "unsloth on a CPU"]
 
 
 class Live(TorchDispatchMode):
     """Bytes of the storages that operations made and that are still there."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = 512) -> None:
         super().__init__()
+        self.block = block
+        """A GPU's allocator hands out blocks of 512 bytes."""
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -34,7 +40,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for value in tree_iter(made):
+        for value in (made,) if isinstance(made, torch.Tensor) else tree_iter(made):
             if isinstance(value, torch.Tensor):
                 self._note(value.untyped_storage())
         return made
@@ -42,8 +48,7 @@ class Live(TorchDispatchMode):
     def _note(self, storage: Any) -> None:
         if storage._cdata in self._known:
             return
-        # A GPU's allocator hands out blocks of 512 bytes.
-        size = -(-storage.nbytes() // 512) * 512
+        size = -(-storage.nbytes() // self.block) * self.block
         self._known.add(storage._cdata)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -54,166 +59,204 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-class _Nf4Product(torch.autograd.Function):
-    """bitsandbytes' 4-bit product: the weight is unpacked for the moment, forward and backward."""
+@dataclass(frozen=True)
+class Conditions:
+    """What a step is computed with."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        ctx.shape, ctx.dtype = shape, x.dtype
-        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
+    backend: BackendName = "peft"
+    cuda: bool = True
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attention: str = "sdpa"
+    quantization: Literal["4bit", "8bit", "none"] = "4bit"
+    checkpointing: bool = True
+    loss: Loss = "fused"
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device), None
-
-
-class Nf4Linear(torch.nn.Linear):
-    """Where a base weight is held in 4 bits; the weight itself stays a shape for PEFT to read."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = _Nf4Product.apply(x, (self.out_features, self.in_features))
-        return made if self.bias is None else made + self.bias
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Flash attention keeps its inputs, its output and a float32 per row and head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query)
-        rows = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, out, rows)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """A head that keeps its input, and computes `block` logits of each token at a time, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, block: int) -> torch.Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.block = block
-        _FusedLoss.logits(hidden, block)
-        return torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (hidden,) = ctx.saved_tensors
-        logits = _FusedLoss.logits(hidden, ctx.block)
-        made = torch.empty(hidden.shape, dtype=torch.float32 if ctx.block else hidden.dtype, device=hidden.device)
-        del logits
-        return made.to(hidden.dtype), None, None
-
-    @staticmethod
-    def logits(hidden: torch.Tensor, block: int) -> torch.Tensor:
-        return torch.empty((min(len(hidden), 4096), block), dtype=hidden.dtype, device=hidden.device)
-
-
-def _fused_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return _FusedAttention.apply(query, key, value)
-
-
-@contextmanager
-def _kernels() -> Iterator[None]:
-    real = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = _fused_attention
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = real
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step holds at its peak, beside weights, gradients and optimiser."""
+class Batch:
+    rows: int
+    length: int
+    supervised: int
+    """Tokens that carry loss, in all rows together."""
+    padded: bool = True
+    """Not all rows have this length. Where they do, fused attention is given no mask."""
+    first: bool = False
+    """The first of an optimiser step: no gradients are there yet."""
 
-    activations: int
-    loss_head: int
-    """What the loss adds to the peak: nothing where the activations' own peak is elsewhere."""
+
+def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The same model with fewer layers, both kinds of attention among them."""
+    made = dict(config, num_hidden_layers=layers)
+    kinds = config.get("layer_types")
+    if kinds:
+        period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 1
+        start = max(0, period - layers)
+        made["layer_types"] = kinds[start : start + layers]
+    return made
 
 
-def meta_network(recipe: Recipe, settings: Settings, quantization: str, attention: str) -> Any:
-    """The recipe's full-size base model with its LoRA matrices, as shapes only: by the PEFT code that trains."""
+def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> Any:
+    """The base model with its LoRA matrices, as shapes only: by the PEFT code that trains."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from recipes.stages.train import lora_targets
 
+    dtype = getattr(torch, on.dtype)
     with torch.device("meta"):
-        config = AutoConfig.for_model(**architecture(recipe))
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        shape = AutoConfig.for_model(**config)
+        network = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=on.attention)
         head = network.get_output_embeddings()
-        for module in network.modules():
-            if quantization == "4bit" and isinstance(module, torch.nn.Linear) and module is not head:
-                module.__class__ = Nf4Linear
+        if on.quantization == "4bit":
+            network.is_loaded_in_4bit = True
+            made = standins.nf4_linear()
+            for module in network.modules():
+                if isinstance(module, torch.nn.Linear) and module is not head:
+                    module.__class__, module.compute_dtype = made, dtype
+                    module.weight.requires_grad_(False)
+                    module.weight.compress_statistics, module.weight.quant_type = True, "nf4"
         lora = LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
             target_modules=lora_targets(network, settings), task_type="CAUSAL_LM", bias="none",
         )  # fmt: skip
-        return get_peft_model(network, lora)
-
-
-def weight_bytes(network: Any, quantization: str) -> dict[str, int]:
-    """The frozen weights: what is quantised, and what stays at 16 bits."""
-    frozen = [p for p in network.parameters() if not p.requires_grad]
-    if quantization == "none":
-        return {"quantized": 0, "unquantized": sum(2 * p.numel() for p in frozen)}
-    base, head = network.get_base_model(), network.get_output_embeddings()
-    linear = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head and _frozen(m)]
-    count = sum(m.weight.numel() for m in linear)
-    packed = sum(packed_bytes(m.weight.numel()) if quantization == "4bit" else m.weight.numel() for m in linear)
-    return {"quantized": packed, "unquantized": 2 * (sum(p.numel() for p in frozen) - count)}
-
-
-def _frozen(module: Any) -> bool:
-    return not module.weight.requires_grad
-
-
-def step_bytes(network: Any, rows: int, length: int, supervised: int, checkpointing: bool) -> Step:
-    """Take a step with `rows` examples of `length` tokens, of which `supervised` in all carry loss."""
-    without = _peak(network, rows, length, supervised, checkpointing, block=0)
-    whole = _peak(network, rows, length, supervised, checkpointing, block=32768)
-    return Step(without, whole - without)
-
-
-def _peak(network: Any, rows: int, length: int, supervised: int, checkpointing: bool, block: int) -> int:
-    base = network.get_base_model()
-    network.train()
+        network = get_peft_model(network, lora)
     for parameter in network.parameters():
         if parameter.requires_grad:
-            # As autocast has it: computed with at 16 bits, whatever the optimiser keeps.
-            parameter.data = parameter.data.to(torch.bfloat16)
-            # There from the first part of an optimiser step on, and counted beside the activations.
-            parameter.grad = torch.zeros_like(parameter)
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        base.enable_input_require_grads()
-    else:
-        base.gradient_checkpointing_disable()
-    config = base.config.get_text_config()
-    live = Live()
-    live.ignore(
-        [*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters() if p.grad is not None)]
-    )
-    with torch.device("meta"), _kernels(), live:
-        allowed = torch.empty((rows, 1, length, length), dtype=torch.bool)
-        mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        mask = {"full_attention": allowed, "sliding_attention": allowed.clone()} if mixed else allowed
-        ids = torch.empty((rows, length), dtype=torch.long)
-        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        counted = hidden.reshape(-1, hidden.shape[-1])[:supervised]
-        loss = _FusedLoss.apply(counted, base.get_output_embeddings().weight, block).sum()
-        del hidden, counted
-        loss.backward()
-    return live.peak
+            # As RecipeTrainer keeps them, quantised base or not.
+            parameter.data = parameter.data.float()
+    if on.cuda and on.backend != "peft":
+        # Unsloth has its way through LoRA for these families alone; for the others torch compiles what it can.
+        own = on.backend == "unsloth" and network.config.model_type in ("llama", "gemma2")
+        standins.install_layer_kernels(network.get_base_model(), own)
+    return network
+
+
+def weight_bytes(network: Any, on: Conditions) -> dict[str, int]:
+    """The frozen weights: what is quantised, what is not, and of that the embeddings (and a head of its own)."""
+    base, head = network.get_base_model(), network.get_output_embeddings()
+    embedding = {id(p): p for p in (*base.get_input_embeddings().parameters(), *head.parameters())}
+    frozen = [p for p in network.parameters() if not p.requires_grad and id(p) not in embedding]
+    quantized: list[int] = []
+    if on.quantization != "none":
+        linear = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        quantized = [m.weight.numel() for m in linear if not m.weight.requires_grad]
+    packed = sum(packed_bytes(n) if on.quantization == "4bit" else n for n in quantized)
+    held = {id(b): b for b in base.buffers()}
+    return {
+        "quantized_weights": packed,
+        "unquantized_weights": on.width * (sum(p.numel() for p in frozen) - sum(quantized))
+        + sum(b.numel() * b.element_size() for b in held.values()),
+        "embedding": on.width * sum(p.numel() for p in embedding.values()),
+    }
 
 
 def packed_bytes(weights: int) -> int:
-    """NF4 with double quantisation: half a byte, a byte of scale per 64, and its float32 per 256 of those."""
+    """NF4 with double quantisation: half a byte, a byte of scale per 64, and its float32 per 256 of those; beside them
+    two tables, of 16 and of 256 numbers, and a mean."""
     blocks = math.ceil(weights / 64)
-    return math.ceil(weights / 2) + blocks + 4 * math.ceil(blocks / 256)
+    return math.ceil(weights / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
+
+
+def peak_bytes(config: dict[str, Any], settings: Settings, on: Conditions, batches: Sequence[Batch]) -> int:
+    """The most that the parts of an optimiser step hold at one time, beside weights, gradients and optimiser."""
+    return max(_peak(config, settings, on, batch) for batch in batches)
+
+
+def _peak(config: dict[str, Any], settings: Settings, on: Conditions, batch: Batch) -> int:
+    """Of the whole model, by models of two and three layers: at either moment every further layer adds the same."""
+    layers = config["num_hidden_layers"]
+    networks = [meta_network(with_layers(config, n), settings, on) for n in (_FEW, min(_FEW + 1, layers))]
+    one, two = (moments(network, on, batch) for network in networks)
+    # What is kept of each layer goes to the host's memory and comes back when it is needed.
+    offloaded = on.backend == "unsloth" and on.cuda and on.checkpointing
+    kept = batch.rows * batch.length * config["hidden_size"] * on.width if offloaded else 0
+    most = max(a + (layers - _FEW) * max(0, b - a - kept) for a, b in zip(one, two, strict=True))
+    if not batch.first:
+        return most
+    # Gradients come into being from the last layer to the first: at the end all are there, and one layer's activations.
+    trained = [4 * sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
+    gradients = trained[0] + (layers - _FEW) * (trained[1] - trained[0])
+    return max(most - gradients, moments(networks[0], replace(on, loss="none"), batch)[1])
+
+
+def _computing(on: Conditions) -> Any:
+    return standins.autocast(getattr(torch, on.dtype))
+
+
+def _again(on: Conditions) -> tuple[Any, Any]:
+    """Checkpointing computes again what it threw away, under the same rules of precision."""
+    return nullcontext(), _computing(on)
+
+
+def moments(network: Any, on: Conditions, batch: Batch) -> tuple[int, int]:
+    """The most that is held in the forward pass, the loss's own included, and in the backward pass."""
+    base = network.get_base_model()
+    config = base.config.get_text_config()
+    network.train()
+    if on.checkpointing:
+        again = partial(_again, on)
+        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again}
+        base.gradient_checkpointing_enable(how)
+        base.enable_input_require_grads()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    live = Live(512 if on.cuda else 1)
+    live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters() if p.requires_grad)])
+    rotary = on.cuda and on.backend != "peft" and config.model_type != "gpt_neox"
+    with standins.kernels(on.cuda, type(base.base_model).__module__, rotary), live:
+        with _computing(on):
+            mask = _masks(config, on, batch)
+            ids = torch.empty((batch.rows, batch.length), dtype=torch.long, device="meta")
+            hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            del mask
+            # The head is given a copy of the positions that carry loss.
+            counted = hidden[:, :-1].reshape(-1, hidden.shape[-1])[: batch.supervised].clone()
+            loss = standins.loss_of(on.loss, base, counted)
+            del hidden, counted
+        forward, live.peak = live.peak, live.now
+        loss.backward()
+    return forward, live.peak
+
+
+def _masks(config: Any, on: Conditions, batch: Batch) -> Any:
+    """As transformers makes them: one for each kind of attention, where one is needed."""
+
+    def made(window: int | None) -> torch.Tensor | None:
+        spare = not batch.padded and on.attention != "eager" and (window is None or batch.length < window)
+        shape = batch.rows, 1, batch.length, batch.length
+        return None if spare else torch.empty(shape, dtype=torch.bool, device="meta")
+
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return made(None)
+    return {"full_attention": made(None), "sliding_attention": made(config.sliding_window)}
+
+
+def optimizer_bytes(network: Any, optimizer: str, cuda: bool) -> int:
+    """Two numbers for each trained one, in float32 or in 8 bits with a scale per 256; small matrices stay whole. What
+    is paged counts too: it is there until something else needs its place."""
+    total = 0
+    for parameter in (p for p in network.parameters() if p.requires_grad):
+        count = parameter.numel()
+        if "8bit" in optimizer and count >= 4096:
+            total += 2 * (count + 4 * math.ceil(count / 256))
+        else:
+            # torch's AdamW counts its steps in a tensor for each matrix, which a GPU's lies in the host's memory.
+            total += 8 * count + (0 if cuda else 4)
+    return total
+
+
+def held_bytes(network: Any, on: Conditions, optimizer: str) -> dict[str, int]:
+    """What is there whatever the batch: weights, and at a step's end gradients and the optimiser's state."""
+    trained = 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
+    return {
+        **weight_bytes(network, on),
+        "lora_weights": trained,
+        "gradients": trained,
+        "optimizer": optimizer_bytes(network, optimizer, on.cuda),
+    }

@@ -1,22 +1,24 @@
-"""What a full-size training needs: parameters, steps, memory, before a byte is downloaded."""
+"""What a full-size training needs: parameters, steps, memory and time, before a byte is downloaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from fallback import cards
 from fallback.cards import CARDS as CARDS
 from fallback.cards import GIB
-from fallback.choose import choose
+from fallback.choose import BACKENDS, BackendName, Choice, choose
 from fallback.gpu import Gpu
 from recipes.stages.base_model import architecture
-from recipes.stages.console import say
 from recipes.stages.recipe import Recipe, Settings, UserError
 from recipes.stages.train import optimizer_steps
 
 # What the allocator wastes, and the CUDA context with its libraries.
-_SLACK, _CONTEXT = 1.06, round(0.75 * GIB)
+_SLACK, _CONTEXT = 0.06, round(0.75 * GIB)
 _TIGHT = 0.95
+REFERENCE = "RTX 4090"
+"""Memory is told for a card of this kind: bfloat16 in hardware, Triton. Verdicts are calculated for each card's own."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,15 @@ class Planned:
     trainable_parameters: int
     adapter_bytes: int
     optimizer_steps: int
+    flops_per_token: float
+    """Of a training step at full length, all of it carrying loss; attention's own products are not counted."""
     flops_per_step: int
-    memory_bytes: dict[str, int]
-    """Term -> bytes, under plain PEFT with the fused loss."""
-    per_token_bytes: float
-    """What another token in a batch adds to the peak."""
+    memory_bytes: dict[str, dict[str, int]]
+    """Backend -> term -> bytes."""
 
-    model_type: str
-
-    def on(self, gpu: Gpu) -> dict[str, int]:
-        """The terms on this card: without bfloat16 in hardware some models have to be computed in float32."""
-        choice = choose(self.model_type, "peft", gpu=gpu)
-        wide = ("unquantized_weights", "activations", "loss_head") if choice.dtype == "float32" else ()
-        return {name: size * (2 if name in wide else 1) for name, size in self.memory_bytes.items()}
-
-
-def device_need(allocated: float) -> int:
-    return round(allocated * _SLACK) + _CONTEXT
+    def allocated(self, backend: str) -> int:
+        """What torch.cuda.max_memory_allocated would say."""
+        return sum(size for name, size in self.memory_bytes[backend].items() if name not in ("slack", "context"))
 
 
 def plan(recipe: Recipe, settings: Settings, rows: int) -> Planned:
@@ -51,35 +45,192 @@ def plan(recipe: Recipe, settings: Settings, rows: int) -> Planned:
     the worst batch that the settings admit."""
     from recipes.stages import footprint
 
-    kind = architecture(recipe)["model_type"]
-    attention = choose(kind, "peft", gpu=card("RTX 4090"), attention=settings.attention).attention
-    network = footprint.meta_network(recipe, settings, settings.quantization, attention)
+    gpu = card(REFERENCE)
+    network = footprint.meta_network(
+        architecture(recipe), settings, conditions(choice_for(recipe, settings, gpu), settings)
+    )
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters()) - trainable
-    weights = footprint.weight_bytes(network, settings.quantization)
+    tokens = settings.batch_size * settings.accumulation * settings.max_length
     flops = training_flops(network, settings)
-    at, length = settings.batch_size, settings.max_length
-    step, larger = (footprint.step_bytes(network, n, length, n * length, settings.checkpointing) for n in (at, 2 * at))
-    memory = {
-        "quantized_weights": weights["quantized"],
-        "unquantized_weights": weights["unquantized"],
-        "lora_weights": 4 * trainable,
-        "gradients": 4 * trainable,
-        "optimizer": (2 if "8bit" in settings.optimizer else 8) * trainable,
-        "activations": step.activations,
-        "loss_head": step.loss_head,
-    }
-    more = larger.activations + larger.loss_head - step.activations - step.loss_head
+    backends = [name for name in reversed(BACKENDS) if runs_on(name, recipe, gpu)]
+    memory: dict[str, dict[str, int]] = {name: memory_on(recipe, settings, gpu, name) for name in backends}
     return Planned(
-        total,
-        trainable,
-        adapter_bytes(network),
-        optimizer_steps(rows, settings),
-        flops,
-        memory,
-        more / (at * length),
-        kind,
+        total, trainable, adapter_bytes(network), optimizer_steps(rows, settings), flops / tokens, flops, memory
     )
+
+
+def choice_for(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> Choice:
+    """What train would decide there. Whether Unsloth imports is not tried."""
+    attention = "auto" if settings.attention == "flash_attention_2" else settings.attention
+    kind = architecture(recipe)["model_type"]
+    chosen = choose(kind, "peft", settings.quantization, settings.optimizer, gpu, attention)
+    return replace(chosen, backend=backend)
+
+
+def runs_on(backend: BackendName, recipe: Recipe, gpu: Gpu) -> bool:
+    from fallback.peft_liger import model_types
+
+    triton = gpu.capability >= (7, 0)
+    if backend == "peft+liger":
+        return triton and architecture(recipe)["model_type"] in model_types()
+    return backend == "peft" or triton
+
+
+def conditions(choice: Choice, settings: Settings) -> Any:
+    """What a step is computed with, for footprint."""
+    from recipes.stages.footprint import Conditions
+
+    cuda = choice.device == "cuda"
+    if choice.backend == "unsloth":
+        loss = "unsloth" if cuda else "unsloth on a CPU"
+    else:
+        loss = "fused" if choice.triton else "chunked"
+    return Conditions(
+        choice.backend, cuda, choice.dtype, choice.attention, choice.quantization, settings.checkpointing,
+        loss,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def memory_on(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> dict[str, int]:
+    """The terms on this card: without bfloat16 in hardware some models have to be computed in float32."""
+    choice = choice_for(recipe, settings, gpu, backend)
+    on = conditions(choice, settings)
+    without, whole = (_peak(recipe, settings, other) for other in (replace(on, loss="none"), on))
+    loss_head = max(0, whole - without)
+    found = {**_held(recipe, settings, choice), "activations": without, "loss_head": loss_head}
+    return {**found, "slack": round(_SLACK * sum(found.values())), "context": _CONTEXT}
+
+
+def need(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> int:
+    """Bytes that must be free on the card."""
+    choice = choice_for(recipe, settings, gpu, backend)
+    on = conditions(choice, settings)
+    held = sum(_held(recipe, settings, choice).values())
+    return round((1 + _SLACK) * (held + _peak(recipe, settings, on))) + _CONTEXT
+
+
+def _held(recipe: Recipe, settings: Settings, choice: Choice) -> dict[str, int]:
+    from recipes.stages.footprint import Conditions
+
+    # Whatever the batch and the kernels are.
+    size = Settings(lora_rank=settings.lora_rank, lora_targets=settings.lora_targets)
+    on = Conditions(dtype=choice.dtype, quantization=choice.quantization)
+    return _held_bytes(recipe, size, on, choice.optimizer)
+
+
+# Many cards share one calculation, and one card asks for the same more than once.
+@cache
+def _held_bytes(recipe: Recipe, settings: Settings, on: Any, optimizer: str) -> dict[str, int]:
+    from recipes.stages import footprint
+
+    return footprint.held_bytes(footprint.meta_network(architecture(recipe), settings, on), on, optimizer)
+
+
+@cache
+def _peak(recipe: Recipe, settings: Settings, on: Any) -> int:
+    from recipes.stages import footprint
+
+    return footprint.peak_bytes(architecture(recipe), settings, on, full_batches(settings))
+
+
+def full_batches(settings: Settings) -> list[Any]:
+    """Where a step has several parts, the last: the gradients of the others are there."""
+    from recipes.stages.footprint import Batch
+
+    supervised = settings.batch_size * (settings.max_length - 1)
+    return [Batch(settings.batch_size, settings.max_length, supervised, first=settings.accumulation == 1)]
+
+
+def verdict(bytes_needed: int, gpu: Gpu) -> str:
+    if bytes_needed <= _TIGHT * gpu.memory_bytes:
+        return "fits"
+    return "tight" if bytes_needed <= gpu.memory_bytes else "does not fit"
+
+
+def largest_batch(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
+    """At the settings' length; 0 where not even one example fits. Every example adds the same."""
+    at = settings.batch_size
+    one, two = (need(recipe, replace(settings, batch_size=n), gpu) for n in (at, 2 * at))
+    return max(0, int(at + (_TIGHT * gpu.memory_bytes - one) / ((two - one) / at)))
+
+
+def largest_length(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
+    """At the settings' batch size, in steps of 64: through three lengths, since masks (and eager attention) grow with
+    its square."""
+    at = settings.max_length
+    lengths = at, 2 * at, 4 * at
+    a, b, c = (need(recipe, replace(settings, max_length=n), gpu) for n in lengths)
+    room = _TIGHT * gpu.memory_bytes
+    first, second = (b - a) / at, (c - b) / (2 * at)
+    bend = (second - first) / (lengths[2] - lengths[0])
+    slope = first - bend * (lengths[0] + lengths[1])
+    start = a - slope * at - bend * at * at
+    if start >= room:
+        return 0
+    if bend <= 0:
+        longest = (room - start) / slope
+    else:
+        longest = (-slope + (slope * slope + 4 * bend * (room - start)) ** 0.5) / (2 * bend)
+    return min(int(longest) // 64 * 64, architecture(recipe)["max_position_embeddings"])
+
+
+def otherwise(recipe: Recipe, settings: Settings) -> dict[str, dict[str, int]]:
+    """What activations and the loss head take under plain PEFT if they are computed in other ways."""
+    on = conditions(choice_for(recipe, settings, card(REFERENCE)), settings)
+    # Gemma 2 caps its attention scores, which the fused kernel cannot.
+    kinds = ("eager",) if on.attention == "eager" else ("sdpa", "eager")
+    without = _peak(recipe, settings, replace(on, loss="none"))
+    heads: tuple[Any, ...] = ("full logits", "chunked", "fused")
+    return {
+        "activations": {
+            f"{attention}{', checkpointing' * kept}": _peak(
+                recipe, settings, replace(on, attention=attention, checkpointing=kept, loss="none")
+            )
+            for attention in kinds
+            for kept in (True, False)
+        },
+        "loss_head": {head: max(0, _peak(recipe, settings, replace(on, loss=head)) - without) for head in heads},
+    }
+
+
+def remedies(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """What to change, the harmless first, each on top of those before."""
+    flags: list[str] = []
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("--checkpointing", {"checkpointing": True}),
+        ("--quantization 4bit", {"quantization": "4bit"}),
+        ("--optimizer paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}),
+    ]
+    rows = settings.batch_size
+    while rows > 1:
+        rows //= 2
+        parts = settings.batch_size * settings.accumulation // rows
+        steps.append((f"--batch-size {rows} --accumulation {parts}", {"batch_size": rows, "accumulation": parts}))
+    steps += [(f"--max-length {settings.max_length // n}", {"max_length": settings.max_length // n}) for n in (2, 4)]
+    for flag, changes in steps:
+        changed = replace(settings, **changes)
+        if changed == settings:
+            continue
+        flags = [other for other in flags if other.split()[0] != flag.split()[0]] + [flag]
+        settings = changed
+        yield " ".join(flags), settings
+
+
+def remedy(recipe: Recipe, settings: Settings, gpu: Gpu) -> str | None:
+    """The least that has to be changed for this card; None where nothing of it is enough."""
+    for flags, changed in remedies(settings):
+        if verdict(need(recipe, changed, gpu), gpu) == "fits":
+            return flags
+    return None
+
+
+def presets(recipe: Recipe, settings: Settings, gpu: Gpu) -> dict[str, str]:
+    """Preset -> verdict, in the recipe's order of quality."""
+    return {
+        name: verdict(need(recipe, replace(settings, **recipe.presets[name]), gpu), gpu)
+        for name in recipe.presets_by_quality
+    }
 
 
 def training_flops(network: Any, settings: Settings) -> int:
@@ -115,61 +266,3 @@ def card(name: str) -> Gpu:
         return cards.card(name)
     except ValueError as error:
         raise UserError(f"--gpu {error}") from None
-
-
-def verdict(planned: Planned, gpu: Gpu) -> str:
-    need = device_need(sum(planned.on(gpu).values()))
-    if need <= _TIGHT * gpu.memory_bytes:
-        return "fits"
-    return "tight" if need <= gpu.memory_bytes else "does not fit"
-
-
-def most_tokens(planned: Planned, settings: Settings, gpu: Gpu) -> int:
-    """How many tokens a batch may hold on this card; 0 where not even the weights fit."""
-    memory = planned.on(gpu)
-    wider = memory["activations"] / max(1, planned.memory_bytes["activations"])
-    spare = (gpu.memory_bytes * _TIGHT - _CONTEXT) / _SLACK - sum(memory.values())
-    return max(0, int(settings.batch_size * settings.max_length + spare / (planned.per_token_bytes * wider)))
-
-
-def as_json(planned: Planned, settings: Settings, gpus: Sequence[Gpu]) -> dict[str, Any]:
-    return {
-        "total_parameters": planned.total_parameters,
-        "trainable_parameters": planned.trainable_parameters,
-        "adapter_bytes": planned.adapter_bytes,
-        "optimizer_steps": planned.optimizer_steps,
-        "flops_per_step": planned.flops_per_step,
-        "memory_bytes": {"peft": planned.memory_bytes},
-        "peak_bytes": {"peft": sum(planned.memory_bytes.values())},
-        "fits": {gpu.name: verdict(planned, gpu) for gpu in gpus},
-        "most_tokens_per_batch": {gpu.name: most_tokens(planned, settings, gpu) for gpu in gpus},
-        "error_last_measured": None,
-    }
-
-
-def tell(recipe: Recipe, settings: Settings, rows: int, planned: Planned, gpus: Sequence[Gpu], remedy: str) -> None:
-    say(
-        f"{recipe.base.hub_id} at full size, weights {settings.quantization}, batch {settings.batch_size} x "
-        f"{settings.accumulation}, {settings.max_length} tokens each, checkpointing "
-        + ("on" if settings.checkpointing else "off")
-    )
-    say(f"  parameters            {planned.total_parameters:>16,}")
-    say(f"  of LoRA, trained      {planned.trainable_parameters:>16,}")
-    say(f"  adapter on disk       {planned.adapter_bytes:>16,} bytes")
-    say(f"  optimiser steps       {planned.optimizer_steps:>16,} for {rows:,} examples")
-    say(f"  a step                {planned.flops_per_step / 1e12:>16,.1f} TFLOP at full length")
-    say("memory at the peak, plain PEFT with the fused loss, all examples at full length:")
-    for name, size in planned.memory_bytes.items():
-        say(f"  {name.replace('_', ' '):<21} {size / GIB:>8.2f} GiB")
-    allocated = sum(planned.memory_bytes.values())
-    on_card = device_need(allocated) / GIB
-    say(f"  allocated             {allocated / GIB:>8.2f} GiB; the card needs {on_card:.2f} GiB")
-    say("calculated from the model's own code on the meta device; not yet checked against a GPU by this repository")
-    for gpu in gpus:
-        tokens = most_tokens(planned, settings, gpu)
-        room = f"up to batch {tokens // settings.max_length} at {settings.max_length} tokens"
-        if tokens < settings.max_length:
-            room = f"one example of {tokens} tokens at the most" if tokens else "not even the weights"
-        say(f"  {gpu.name:<18} {gpu.memory_bytes / GIB:>5.0f} GiB  {verdict(planned, gpu):<13} {room}")
-    if any(verdict(planned, gpu) == "does not fit" for gpu in gpus):
-        say(f"where it does not fit: {remedy}")

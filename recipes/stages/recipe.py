@@ -244,6 +244,8 @@ class Recipe:
     sampling: Sampling = Sampling()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> settings that differ."""
+    best_presets: tuple[str, ...] = ()
+    """Their names, best first: --auto-preset takes the first that fits the card. Not named: the last is the best."""
     miniature: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ at the sizes tiny and small, whose random weights need a higher learning rate."""
     ask: Callable[..., tuple[Message, ...]] = lambda text: (Message("user", text),)
@@ -261,6 +263,10 @@ class Recipe:
     def closed(self) -> bool:
         """The answer is one of a closed set."""
         return isinstance(self.balance, Balance)
+
+    @property
+    def presets_by_quality(self) -> tuple[str, ...]:
+        return self.best_presets or tuple(self.presets)[::-1]
 
     @property
     def stop(self) -> tuple[str, ...]:
