@@ -69,11 +69,11 @@ def choice_for(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendNam
 
 
 def runs_on(backend: BackendName, recipe: Recipe, gpu: Gpu) -> bool:
-    from fallback.peft_liger import model_types
+    from fallback.components import liger_types
 
     triton = gpu.capability >= (7, 0)
     if backend == "peft+liger":
-        return triton and architecture(recipe)["model_type"] in model_types()
+        return triton and architecture(recipe)["model_type"] in liger_types()
     return backend == "peft" or triton
 
 
