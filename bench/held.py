@@ -1,6 +1,6 @@
 """What a training really holds, in a process of its own: python -m bench.held CASE.json OUT.json FOLDER.
 
-It is the user's own train() that runs; a trainer.Watch counts. Weights, gradients and the optimiser's state are the
+It is the user's own train() that runs; a callbacks.Watch counts. Weights, gradients and the optimiser's state are the
 live storages of the real objects. What a step holds beside them is told by torch's allocator: on a CPU by the
 profiler's record of every allocation, on a GPU by max_memory_allocated. Neither knows of footprint's stand-ins.
 """
@@ -30,7 +30,7 @@ def storages(tensors: Iterable[Any]) -> int:
 
 
 class Held:
-    """A trainer.Watch over one optimiser step for each of some shapes of batches."""
+    """A callbacks.Watch over one optimiser step for each of some shapes of batches."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         self.shapes = shapes

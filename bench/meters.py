@@ -63,7 +63,7 @@ class GpuMeter:
 
 
 class TrainingMeter:
-    """A trainer.Watch that keeps what it sees: when steps ended, what was in their batches, what was in use."""
+    """A callbacks.Watch that keeps what it sees: when steps ended, what was in their batches, what was in use."""
 
     def __init__(self, arm: str) -> None:
         self.seconds: list[float] = []

@@ -4,6 +4,7 @@ On a CPU at size tiny, and one at size small; on a GPU at full size with random 
 for just that case: its size, precision, kernels and batches.
 """
 
+import importlib
 import json
 import shlex
 import sys
@@ -86,7 +87,8 @@ def compared(row: dict[str, Any]) -> list[dict[str, Any]]:
     settings = Settings(**{**stored, "lora_targets": tuple(stored["lora_targets"])})
     config = json.loads((Path(row["model"]) / "config.json").read_text(encoding="utf-8"))
     choice = Choice(**row["choice"])
-    on = conditions(choice, settings)
+    recipe = importlib.import_module(f"recipes.{row['recipe']}").RECIPE
+    on = conditions(recipe, choice, settings)
     held = footprint.held_bytes(footprint.meta_network(config, settings, on), on, choice.optimizer)
     lines = []
     for shape in row["shapes"]:

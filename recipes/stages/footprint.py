@@ -21,7 +21,7 @@ from recipes.stages.recipe import Settings
 
 # Enough for the ends of a model, and for both kinds of attention where there are two.
 _FEW = 2
-Loss = Literal["none", "fused", "chunked", "full logits", "unsloth", "unsloth on a CPU"]
+Loss = Literal["none", "fused", "chunked", "full logits", "unsloth", "unsloth on a CPU", "unsloth on a CPU, summed"]
 
 
 class Live(TorchDispatchMode):
@@ -171,17 +171,19 @@ def _peak(config: dict[str, Any], settings: Settings, on: Conditions, batch: Bat
     """Of the whole model, by models of two and three layers: at either moment every further layer adds the same."""
     layers = config["num_hidden_layers"]
     networks = [meta_network(with_layers(config, n), settings, on) for n in (_FEW, min(_FEW + 1, layers))]
-    one, two = (moments(network, on, batch) for network in networks)
+    trained = [4 * sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
+    gradients = trained[0] + (layers - _FEW) * (trained[1] - trained[0])
+    if layers == _FEW:
+        return max(moments(networks[0], on, batch)) - batch.first * gradients
+    later = replace(batch, first=False)
+    one, two = (moments(network, on, later) for network in networks)
     # What is kept of each layer goes to the host's memory and comes back when it is needed.
     offloaded = on.backend == "unsloth" and on.cuda and on.checkpointing
     kept = batch.rows * batch.length * config["hidden_size"] * on.width if offloaded else 0
     most = max(a + (layers - _FEW) * max(0, b - a - kept) for a, b in zip(one, two, strict=True))
-    if not batch.first:
-        return most
-    # Gradients come into being from the last layer to the first: at the end all are there, and one layer's activations.
-    trained = [4 * sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
-    gradients = trained[0] + (layers - _FEW) * (trained[1] - trained[0])
-    return max(most - gradients, moments(networks[0], replace(on, loss="none"), batch)[1])
+    # The first part's gradients come into being from the last layer to the first, as its activations go: at the end all
+    # are there, and of the activations a few layers' at most.
+    return max(most - gradients, moments(networks[0], replace(on, loss="none"), later)[1]) if batch.first else most
 
 
 def _computing(on: Conditions) -> Any:
@@ -203,11 +205,11 @@ def moments(network: Any, on: Conditions, batch: Batch) -> tuple[int, int]:
         how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again}
         base.gradient_checkpointing_enable(how)
         base.enable_input_require_grads()
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None if batch.first else torch.zeros_like(parameter)
     live = Live(512 if on.cuda else 1)
-    live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters() if p.requires_grad)])
+    live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)])
     rotary = on.cuda and on.backend != "peft" and config.model_type != "gpt_neox"
     with standins.kernels(on.cuda, type(base.base_model).__module__, rotary), live:
         with _computing(on):

@@ -47,7 +47,7 @@ def plan(recipe: Recipe, settings: Settings, rows: int) -> Planned:
 
     gpu = card(REFERENCE)
     network = footprint.meta_network(
-        architecture(recipe), settings, conditions(choice_for(recipe, settings, gpu), settings)
+        architecture(recipe), settings, conditions(recipe, choice_for(recipe, settings, gpu), settings)
     )
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters()) - trainable
@@ -77,13 +77,15 @@ def runs_on(backend: BackendName, recipe: Recipe, gpu: Gpu) -> bool:
     return backend == "peft" or triton
 
 
-def conditions(choice: Choice, settings: Settings) -> Any:
+def conditions(recipe: Recipe, choice: Choice, settings: Settings) -> Any:
     """What a step is computed with, for footprint."""
     from recipes.stages.footprint import Conditions
 
     cuda = choice.device == "cuda"
     if choice.backend == "unsloth":
-        loss = "unsloth" if cuda else "unsloth on a CPU"
+        # On a CPU it has a function of its own for some families' loss, where nobody asks for probabilities.
+        summed = architecture(recipe)["model_type"] == "llama" and not recipe.closed
+        loss = "unsloth" if cuda else "unsloth on a CPU" + ", summed" * summed
     else:
         loss = "fused" if choice.triton else "chunked"
     return Conditions(
@@ -95,7 +97,7 @@ def conditions(choice: Choice, settings: Settings) -> Any:
 def memory_on(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> dict[str, int]:
     """The terms on this card: without bfloat16 in hardware some models have to be computed in float32."""
     choice = choice_for(recipe, settings, gpu, backend)
-    on = conditions(choice, settings)
+    on = conditions(recipe, choice, settings)
     without, whole = (_peak(recipe, settings, other) for other in (replace(on, loss="none"), on))
     loss_head = max(0, whole - without)
     found = {**_held(recipe, settings, choice), "activations": without, "loss_head": loss_head}
@@ -105,7 +107,7 @@ def memory_on(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName
 def need(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> int:
     """Bytes that must be free on the card."""
     choice = choice_for(recipe, settings, gpu, backend)
-    on = conditions(choice, settings)
+    on = conditions(recipe, choice, settings)
     held = sum(_held(recipe, settings, choice).values())
     return round((1 + _SLACK) * (held + _peak(recipe, settings, on))) + _CONTEXT
 
@@ -177,7 +179,7 @@ def largest_length(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
 
 def otherwise(recipe: Recipe, settings: Settings) -> dict[str, dict[str, int]]:
     """What activations and the loss head take under plain PEFT if they are computed in other ways."""
-    on = conditions(choice_for(recipe, settings, card(REFERENCE)), settings)
+    on = conditions(recipe, choice_for(recipe, settings, card(REFERENCE)), settings)
     # Gemma 2 caps its attention scores, which the fused kernel cannot.
     kinds = ("eager",) if on.attention == "eager" else ("sdpa", "eager")
     without = _peak(recipe, settings, replace(on, loss="none"))

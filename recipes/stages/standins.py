@@ -240,9 +240,7 @@ class _GradientLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         _, made = ctx.saved_tensors
-        total = torch.zeros_like(made)
-        total += made * grad.to(made.dtype).unsqueeze(-1)
-        return total, None, None, None
+        return made * grad.to(made.dtype).unsqueeze(-1), None, None, None
 
 
 def unsloth_rows(tokens: int, width: int, vocabulary: int) -> int:
@@ -265,10 +263,12 @@ def loss_of(kind: str, base: Any, hidden: torch.Tensor) -> torch.Tensor:
         return _BlockLoss.apply(hidden, weight).sum()
     if kind == "unsloth":
         return _GradientLoss.apply(hidden, weight, unsloth_rows(len(hidden), hidden.shape[-1], len(weight)), 1).sum()
-    if kind == "unsloth on a CPU":
-        return _GradientLoss.apply(hidden, weight, max(1, 2**24 // len(weight)), 3).sum()
-    targets = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    if kind == "unsloth on a CPU, summed":
+        return _GradientLoss.apply(hidden, weight, max(1, 2**24 // len(weight)), 1).sum()
+    if kind == "unsloth on a CPU":
+        return _GradientLoss.apply(hidden, weight, max(1, 2**24 // len(weight)), 4 if cap else 2).sum()
+    targets = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
     if kind == "chunked":
         from fallback.portable_loss import PortableLogProb
 
