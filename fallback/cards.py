@@ -12,6 +12,8 @@ CARDS = {
     "B200": (10, 0, 180), "RTX 5090": (12, 0, 32),
 }  # fmt: skip
 """Name -> compute capability and the memory that the driver reports, GiB."""
+USUAL = tuple(name for name, (major, minor, memory) in CARDS.items() if (major, minor) >= (7, 5) and memory <= 80)
+"""Where nobody names a card, the answer is for these: older ones compute in other ways, which takes seconds more each."""
 
 
 def card(text: str) -> Gpu:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 
+from fallback.cards import USUAL
 from fallback.choose import Backend, CannotRun
 from fallback.gpu import Gpu, read_gpu
 from fallback.torch_build import usable_gpu
@@ -485,7 +486,7 @@ def plan_command(recipe: Recipe, given: list[str]) -> None:
     kind: Any = Plan[type(recipe.options)]  # type: ignore[misc]
     args = parse(recipe, "plan", kind, given, Plan(recipe.options, settings, preset=preset))
     here = read_gpu()
-    gpus = [plan.card(name) for name in args.gpu] or ([here] if here else [plan.card(name) for name in plan.CARDS])
+    gpus = [plan.card(name) for name in args.gpu] or ([here] if here else [plan.card(name) for name in USUAL])
     with tempfile.TemporaryDirectory() as folder, held_back(Path(folder) / "libraries.log"):
         if args.presets:
             tell_presets(recipe, args.settings, gpus, args.json)

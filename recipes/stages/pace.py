@@ -8,7 +8,7 @@ TFLOPS = {
     "GTX 1080": (8.9, None), "RTX 3060": (12.7, 25.6), "RTX 4060 Ti 16GB": (22.1, 44.1), "T4": (8.1, 65.1),
     "V100": (14.1, 112.7), "RTX 3090": (35.6, 71.2), "RTX 4090": (82.6, 165.2), "L4": (30.3, 121.2),
     "RTX 5090": (104.8, 209.5), "A100 40GB": (19.5, 311.9), "A100 80GB": (19.5, 311.9), "H100": (66.9, 989.4),
-    "H200": (66.9, 989.4), "B200": (75.0, 2250.0),
+    "H200": (66.9, 989.4), "B200": (75.0, 2250.0), "Quadro M6000": (6.8, None), "P100": (9.3, None),
 }  # fmt: skip
 """Card -> its makers' figures for dense products with float32 sums: of float32 (without TF32), and of 16 bits in tensor
 cores, bfloat16 where it has them."""

@@ -112,6 +112,11 @@ def need(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "p
     return round((1 + _SLACK) * (held + _peak(recipe, settings, on))) + _CONTEXT
 
 
+def hopeless(recipe: Recipe, settings: Settings, gpu: Gpu) -> bool:
+    """What is held before any step is too much already: no batch has to be tried."""
+    return sum(_held(recipe, settings, choice_for(recipe, settings, gpu)).values()) > gpu.memory_bytes
+
+
 def _held(recipe: Recipe, settings: Settings, choice: Choice) -> dict[str, int]:
     from recipes.stages.footprint import Conditions
 
@@ -152,6 +157,8 @@ def verdict(bytes_needed: int, gpu: Gpu) -> str:
 
 def largest_batch(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
     """At the settings' length; 0 where not even one example fits. Every example adds the same."""
+    if hopeless(recipe, settings, gpu):
+        return 0
     at = settings.batch_size
     one, two = (need(recipe, replace(settings, batch_size=n), gpu) for n in (at, 2 * at))
     return max(0, int(at + (_TIGHT * gpu.memory_bytes - one) / ((two - one) / at)))
@@ -160,6 +167,8 @@ def largest_batch(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
 def largest_length(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
     """At the settings' batch size, in steps of 64: through three lengths, since masks (and eager attention) grow with
     its square."""
+    if hopeless(recipe, settings, gpu):
+        return 0
     at = settings.max_length
     lengths = at, 2 * at, 4 * at
     a, b, c = (need(recipe, replace(settings, max_length=n), gpu) for n in lengths)
@@ -222,7 +231,7 @@ def remedies(settings: Settings) -> Iterator[tuple[str, Settings]]:
 def remedy(recipe: Recipe, settings: Settings, gpu: Gpu) -> str | None:
     """The least that has to be changed for this card; None where nothing of it is enough."""
     for flags, changed in remedies(settings):
-        if verdict(need(recipe, changed, gpu), gpu) == "fits":
+        if not hopeless(recipe, changed, gpu) and verdict(need(recipe, changed, gpu), gpu) == "fits":
             return flags
     return None
 
