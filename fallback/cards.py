@@ -13,7 +13,7 @@ CARDS = {
 }  # fmt: skip
 """Name -> compute capability and the memory that the driver reports, GiB."""
 USUAL = tuple(name for name, (major, minor, memory) in CARDS.items() if (major, minor) >= (7, 5) and memory <= 80)
-"""Where nobody names a card, the answer is for these: older ones compute in other ways, which takes seconds more each."""
+"""The answer is for these where nobody names a card: older ones compute in other ways, which takes seconds each."""
 
 
 def card(text: str) -> Gpu:

@@ -318,3 +318,39 @@ def test_a_torn_line_at_the_end_of_a_log_is_taken_away(tmp_path: Path) -> None:
     assert [line["step"] for line in kept_lines(log, 2)] == [1, 2]
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert kept_lines(tmp_path / "absent.jsonl", 5) == []
+
+
+# From its first step on the process gets no more than so much memory on top of what it has.
+NO_ROOM = """
+import resource
+from contextlib import contextmanager
+import recipes.stages.train as train
+real = train.closing_logs
+@contextmanager
+def limited(trainer):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1500 * 2**20, hard))
+    with real(trainer):
+        yield
+train.closing_logs = limited
+"""
+
+
+def test_out_of_memory_ends_in_advice_or_in_smaller_batches(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "narrow").mkdir()
+    (tmp_path / "narrow" / "sitecustomize.py").write_text(NO_ROOM)
+    env = {"PYTHONPATH": f"{tmp_path / 'narrow'}:{ROOT}"}
+    large = ("recipes.gemma3_12b_opercode", "train", "--backend", "peft", "--batch-size", "512", "--max-steps", "2",
+             "--no-checkpointing", "--eval-rows", "24")  # fmt: skip
+    done = command(*large, "--run", "advised", env=env)
+    assert done.returncode == 2
+    assert "out of memory at batch 512 x 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = command(*large, "--auto-batch", "--run", "smaller", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out of memory at batch 512 x 1: going on with 256 x 2" in done.stdout
+    config = read_json(tmp_path / "smaller" / "training_config.json")
+    assert config["settings"]["batch_size"] * config["settings"]["accumulation"] == 512
+    assert "batch_size: 512 -> 256" in config["changes"]
+    assert len(learned(tmp_path / "smaller")) == 2
