@@ -8,7 +8,7 @@ OLDEST_TESTS := tests/test_imports.py tests/test_choose.py tests/test_components
 	'tests/test_e2e.py::test_a_recipe_trains_saves_reloads_and_answers[gemma2_2b_ohlora-unsloth]' \
 	'tests/test_e2e.py::test_a_recipe_trains_saves_reloads_and_answers[gemma2_2b_ohlora-peft]'
 
-.PHONY: demo setup setup-cu126 test test-oldest fuzz lint format lock figures clean
+.PHONY: demo setup setup-cu126 test test-oldest fuzz soak lint format lock figures clean
 
 demo: setup
 	$(BIN)/python -m recipes.gemma3_12b_opercode
@@ -50,6 +50,10 @@ $(OLDEST)/.installed: pyproject.toml | setup
 # 10,000 files of each format, made to be read wrongly; what came of them.
 fuzz: setup
 	FUZZ_FILES=10000 FUZZ_OUT=results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py -q
+
+# Hours: 200 trainings killed at random moments, resumed, evaluated and asked.
+soak: setup
+	$(BIN)/python -m bench soak --out results/soak.json
 
 lint: setup
 	$(BIN)/ruff check .
