@@ -91,7 +91,7 @@ def test_recipes(command: Command, tmp_path: Path) -> None:
 
 def test_an_unknown_measurement_or_way(command: Command) -> None:
     for arguments, message in (
-        (("speed",), "no measurement 'speed'; there are compare, report, diff"),
+        (("speed",), "no measurement 'speed'; there are compare, plan, report, diff"),
         (("recipes", "--recipes", "luck"), "--recipes 'luck': unknown; there are gemma2_2b_ohlora"),
         (("balance", "--ways", "luck"), "--ways 'luck': unknown; there are 'cross-entropy'"),
     ):

@@ -275,7 +275,8 @@ def test_an_interrupted_sweep_is_finished(tmp_path: Path) -> None:
             "train", "--out", "found",
         ],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        # A shell that runs the tests in the background has everything in them ignore Ctrl-C.
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not finished(tmp_path / "found") and time.monotonic() < deadline:

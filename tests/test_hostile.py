@@ -419,3 +419,33 @@ def test_a_run_names_neither_its_user_nor_their_token(tmp_path: Path) -> None:
         data = path.read_bytes()
         assert token.encode() not in data, path
         assert b"planted-user" not in data, path
+
+
+CONNECTIONS = """
+import os, socket, traceback
+def noted(name):
+    real = getattr(socket, name)
+    def call(*arguments, **named):
+        with open(os.environ["NOTED"], "a") as file:
+            file.write(f"{name} {arguments[:2]}\\n" + "".join(traceback.format_stack(limit=40)))
+        return real(*arguments, **named)
+    setattr(socket, name, call)
+noted("getaddrinfo")
+noted("create_connection")
+"""
+
+
+@pytest.mark.parametrize("backend", ["unsloth", "peft"])
+def test_nothing_is_sent_anywhere(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "spy").mkdir()
+    (tmp_path / "spy" / "sitecustomize.py").write_text(CONNECTIONS)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'spy'}:{ROOT}", "NOTED": str(tmp_path / "noted")}
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS", "HF_HUB_OFFLINE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.llama_1b_civil", "--backend", backend, "--max-steps", "2", "--run", "run"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    noted = tmp_path / "noted"
+    assert not noted.exists(), noted.read_text()

@@ -192,7 +192,9 @@ class Safekeeping(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Who was started in the background ignores Ctrl-C, which is meant for somebody else.
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._ask) for number in heard}
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -353,7 +354,8 @@ def train(
 
 @contextmanager
 def closing_logs(trainer: Any) -> Iterator[None]:
-    """TensorBoard writes in a thread of its own, which would come up with its troubles after we have told of ours."""
+    """TensorBoard writes in a thread of its own: what befalls it comes up in ours at its next call, and is told once."""
+    threading.excepthook, shown = (lambda _: None), threading.excepthook
     try:
         yield
     except BaseException:
@@ -362,6 +364,8 @@ def closing_logs(trainer: Any) -> Iterator[None]:
                 with suppress(Exception):
                     writer.close()
         raise
+    else:
+        threading.excepthook = shown
 
 
 def _bad_steps(choice: Choice) -> int:
@@ -410,7 +414,8 @@ def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
 
 def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
     with replacing_folder(run.adapter) as beside:
-        model.network.save_pretrained(beside)
+        # Embeddings are never trained here; to find that out by itself PEFT would ask the hub.
+        model.network.save_pretrained(beside, save_embedding_layers=False)
         model.tokenizer.save_pretrained(beside)
         if known:
             known.write(beside)
