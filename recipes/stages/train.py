@@ -354,7 +354,8 @@ def train(
 
 @contextmanager
 def closing_logs(trainer: Any) -> Iterator[None]:
-    """TensorBoard writes in a thread of its own: what befalls it comes up in ours at its next call, and is told once."""
+    """TensorBoard writes in a thread of its own, and what befalls it there comes up in ours at its next call: once is
+    enough."""
     threading.excepthook, shown = (lambda _: None), threading.excepthook
     try:
         yield
