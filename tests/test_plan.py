@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECIPES, recipe
+from conftest import RECIPES, ROOT, recipe
 
 from fallback.gpu import Gpu
 from recipes.stages import pace, plan, plan_data, plan_report
@@ -238,3 +238,25 @@ def test_an_unknown_card_is_one_line(command: Command) -> None:
     assert done.returncode == 2
     assert "--gpu 'banana': unknown" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# A machine with a card of this name, for the process and for those that it starts.
+A_CARD = """
+import fallback.gpu
+from fallback.cards import card
+fallback.gpu.read_gpu = lambda: card("RTX 3060")
+"""
+
+
+def test_the_preset_that_a_calculation_picks(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "sitecustomize.py").write_text(A_CARD)
+    env = {"PYTHONPATH": f"{tmp_path / 'card'}:{ROOT}"}
+    done = command("recipes.gemma3_12b_opercode", "plan", "--presets", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    [verdicts] = json.loads(done.stdout).values()
+    best = next(name for name, told in verdicts.items() if told == "fits")
+    done = command("recipes.gemma3_12b_opercode", "train", "--auto-preset", "--size", "full", "--help", env=env)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert f"(default: {best})" in text
