@@ -17,7 +17,7 @@ from fallback.probe import Failed
 from fallback.torch_build import TorchBuild, read_build, unusable
 
 # TRL reports every trainer that is made, from a thread that looks up a name while ours sets variables of the
-# environment: glibc's getenv does not stand that, and a training in some hundreds died of it. Unsloth downloads a file
+# environment: glibc's getenv does not stand that, and a training has died of it. Unsloth downloads a file
 # to be counted. Whose payments these are is nobody's business; who wants to report sets the variables otherwise.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")

@@ -113,3 +113,4 @@ def test_what_a_library_hides_is_found() -> None:
     assert hidden is not None
     assert hidden.strerror == "No space left on device"
     assert as_system_error(RuntimeError("shapes do not match")) is None
+    assert as_system_error(OSError("libcudart.so.13: cannot open shared object file")) is None

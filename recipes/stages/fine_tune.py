@@ -74,7 +74,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
                 refused.filename = refused.filename or str(run.path)
                 raise UserError(f"{explained(refused)}, then go on with {train.going_on(recipe, run)}") from error
             if out_of_memory(error) and args.auto_batch and watch is None and settings.batch_size > 1:
-                raise StartOver(smaller_batch(run, settings, start)) from error
+                raise StartOver(smaller_batch(run, settings)) from error
             if out_of_memory(error):
                 raise UserError(less_memory(recipe, settings, args.preset)) from error
             if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
@@ -149,7 +149,7 @@ def step_down(run: Run, choice: Choice, error: Exception) -> dict[str, str]:
     return {"--run": str(run.path)}
 
 
-def smaller_batch(run: Run, settings: Settings, start: Path | None) -> dict[str, str]:
+def smaller_batch(run: Run, settings: Settings) -> dict[str, str]:
     """The same optimiser steps with half the memory."""
     whole = settings.batch_size * settings.accumulation
     half = max(size for size in range(1, settings.batch_size // 2 + 1) if whole % size == 0)

@@ -93,9 +93,10 @@ def explained(error: OSError) -> str:
 
 
 def as_system_error(error: Exception) -> OSError | None:
-    """An OSError, or what a library made of one: safetensors hides it in a text."""
+    """An OSError with a number, or what a library made of one: safetensors hides it in a text. Without a number it is
+    the loader's, who found no library of a backend, and no matter of disks."""
     if isinstance(error, OSError):
-        return error
+        return error if error.errno else None
     hidden = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(hidden.group(1)), os.strerror(int(hidden.group(1)))) if hidden else None
 
