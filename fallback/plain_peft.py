@@ -1,31 +1,22 @@
 """Rung 2 and floor: transformers and PEFT as they are, on anything torch runs on."""
 
-import sys
-from typing import Any, cast
+from typing import Any
 
+from fallback import leave_out
 from fallback.choose import Choice
 
 
 def import_libraries(choice: Choice) -> None:
     if not choice.triton:
-        _leave_out_a_broken_triton()
-    import trl  # noqa: F401  (loads transformers and peft; nothing patches them)
+        leave_out.a_broken_triton()
+    with leave_out.without_sklearn():
+        import trl  # noqa: F401  (loads transformers and peft; nothing patches them)
+        from transformers import AutoModelForCausalLM  # noqa: F401
 
     if not choice.triton:
         from fallback import portable_loss
 
         portable_loss.install()
-
-
-def _leave_out_a_broken_triton() -> None:
-    """One that raises anything but ImportError would take torch's, bitsandbytes' and TRL's own imports with it, though
-    none of them needs it here."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        pass
-    except Exception:
-        sys.modules["triton"] = cast(Any, None)
 
 
 def load(source: str, choice: Choice, max_length: int) -> Any:

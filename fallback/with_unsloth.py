@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from fallback import leave_out
 from fallback.choose import Choice
 
 
@@ -10,8 +11,9 @@ def import_libraries(choice: Choice) -> None:
     early = sorted({"transformers", "trl", "peft"} & set(sys.modules))
     if early and "unsloth" not in sys.modules:
         raise RuntimeError(f"{', '.join(early)} were imported before unsloth, which would leave them unpatched")
-    import unsloth  # noqa: F401, I001
-    import trl  # noqa: F401
+    with leave_out.without_sklearn():
+        import unsloth  # noqa: F401, I001
+        import trl  # noqa: F401
 
 
 def load(source: str, choice: Choice, max_length: int) -> Any:

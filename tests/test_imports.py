@@ -39,3 +39,17 @@ def test_recipes_know_neither_each_other_nor_do_stages_know_recipes() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_short_enough_to_read(name: str) -> None:
     assert len((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_scikit_learn_is_left_out_and_comes_back() -> None:
+    code = """
+import sys
+from fallback.leave_out import without_sklearn
+with without_sklearn():
+    from transformers import AutoModelForCausalLM
+    import transformers.generation.utils
+print("sklearn" in sys.modules)
+import sklearn
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr

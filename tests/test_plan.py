@@ -104,8 +104,9 @@ def test_few_layers_tell_what_all_of_them_hold(name: str, checkpointing: bool) -
     config, settings = architecture(recipe(name)), recipe(name).settings
     on = footprint.Conditions(checkpointing=checkpointing)
     batch = footprint.Batch(2, 128, 254)
-    whole = max(footprint.moments(footprint.meta_network(config, settings, on), on, batch))
-    assert footprint.peak_bytes(config, settings, on, [batch]) == whole
+    whole = footprint.Shape.of(config, config["num_hidden_layers"], settings, on)
+    held = footprint.moments(whole, batch).with_head(footprint.head_moments(whole, on.loss, batch))
+    assert footprint.peak_bytes(config, settings, on, [batch]) == held
 
 
 def test_checkpointing_and_length_do_what_they_should() -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fallback.leave_out import without_sklearn
 from fallback.torch_build import usable_gpu
 from recipes.stages import tokenizers
 from recipes.stages.prepare import sample_texts
@@ -267,7 +268,8 @@ def tokenizer_file(chosen: Chosen) -> Path | None:
 
 def load_tokenizer(recipe: Recipe, source: str) -> Any:
     """The base model's tokenizer, with a template to render by and a padding token that is not the end token."""
-    from transformers import AutoTokenizer
+    with without_sklearn():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

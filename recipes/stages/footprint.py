@@ -3,12 +3,13 @@ its real checkpointing, PEFT's real LoRA, where tensors have shapes and no conte
 storage; see standins for what takes the place of kernels.
 """
 
+import json
 import math
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import astuple, dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fallback.choose import BackendName
+from fallback.leave_out import without_sklearn
 from recipes.stages import standins
 from recipes.stages.recipe import Settings
 
@@ -102,8 +104,9 @@ def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> Any:
     """The base model with its LoRA matrices, as shapes only: by the PEFT code that trains."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with without_sklearn():
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM
 
     from recipes.stages.train import lora_targets
 
@@ -168,22 +171,70 @@ def peak_bytes(config: dict[str, Any], settings: Settings, on: Conditions, batch
 
 
 def _peak(config: dict[str, Any], settings: Settings, on: Conditions, batch: Batch) -> int:
-    """Of the whole model, by models of two and three layers: at either moment every further layer adds the same."""
+    """Of the whole model, by models of two and three layers: at every moment each further layer adds the same."""
     layers = config["num_hidden_layers"]
-    networks = [meta_network(with_layers(config, n), settings, on) for n in (_FEW, min(_FEW + 1, layers))]
-    trained = [4 * sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
+    few = [Shape.of(config, n, settings, on) for n in (_FEW, min(_FEW + 1, layers))]
+    trained = [4 * sum(p.numel() for p in _network(shape).parameters() if p.requires_grad) for shape in few]
     gradients = trained[0] + (layers - _FEW) * (trained[1] - trained[0])
+    head = head_moments(few[0], on.loss, batch)
     if layers == _FEW:
-        return max(moments(networks[0], on, batch)) - batch.first * gradients
+        return moments(few[0], batch).with_head(head) - batch.first * gradients
     later = replace(batch, first=False)
-    one, two = (moments(network, on, later) for network in networks)
     # What is kept of each layer goes to the host's memory and comes back when it is needed.
     offloaded = on.backend == "unsloth" and on.cuda and on.checkpointing
     kept = batch.rows * batch.length * config["hidden_size"] * on.width if offloaded else 0
-    most = max(a + (layers - _FEW) * max(0, b - a - kept) for a, b in zip(one, two, strict=True))
+    two, three = (moments(shape, later) for shape in few)
+    whole = Moments(
+        *(a + (layers - _FEW) * max(0, b - a - kept) for a, b in zip(astuple(two), astuple(three), strict=True))
+    )
     # The first part's gradients come into being from the last layer to the first, as its activations go: at the end all
     # are there, and of the activations a few layers' at most.
-    return max(most - gradients, moments(networks[0], replace(on, loss="none"), later)[1]) if batch.first else most
+    return max(whole.with_head(head) - gradients, two.backward) if batch.first else whole.with_head(head)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network by all that its layers depend on. Which loss is computed and how large a batch is are none of it: one
+    network serves them all, and one pass through its layers every loss."""
+
+    config: str
+    settings: Settings
+    on: Conditions
+
+    @classmethod
+    def of(cls, config: dict[str, Any], layers: int, settings: Settings, on: Conditions) -> "Shape":
+        lora = {name: getattr(settings, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")}
+        return cls(json.dumps(with_layers(config, layers)), Settings(**lora), replace(on, loss="none"))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Bytes that the layers hold: at most in the forward pass; at its end, with its outcome and without; and at most in
+    the backward pass."""
+
+    forward: int
+    outcome: int
+    kept: int
+    backward: int
+
+    def with_head(self, head: tuple[int, int]) -> int:
+        """The most, with a loss head that takes so much on top at the end of the forward pass, and at the beginning of
+        the backward pass."""
+        return max(self.forward, self.outcome + head[0], self.kept + head[1], self.backward)
+
+
+@cache
+def _network(shape: Shape) -> Any:
+    on = shape.on
+    network = meta_network(json.loads(shape.config), shape.settings, on)
+    base = network.get_base_model()
+    network.train()
+    if on.checkpointing:
+        again = partial(_again, on)
+        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again}
+        base.gradient_checkpointing_enable(how)
+        base.enable_input_require_grads()
+    return network
 
 
 def _computing(on: Conditions) -> Any:
@@ -195,16 +246,12 @@ def _again(on: Conditions) -> tuple[Any, Any]:
     return nullcontext(), _computing(on)
 
 
-def moments(network: Any, on: Conditions, batch: Batch) -> tuple[int, int]:
-    """The most that is held in the forward pass, the loss's own included, and in the backward pass."""
+@cache
+def moments(shape: Shape, batch: Batch) -> Moments:
+    """A forward and a backward pass of everything but the loss."""
+    network, on = _network(shape), shape.on
     base = network.get_base_model()
     config = base.config.get_text_config()
-    network.train()
-    if on.checkpointing:
-        again = partial(_again, on)
-        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again}
-        base.gradient_checkpointing_enable(how)
-        base.enable_input_require_grads()
     trained = [p for p in network.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None if batch.first else torch.zeros_like(parameter)
@@ -217,12 +264,31 @@ def moments(network: Any, on: Conditions, batch: Batch) -> tuple[int, int]:
             ids = torch.empty((batch.rows, batch.length), dtype=torch.long, device="meta")
             hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             del mask
-            # The head is given a copy of the positions that carry loss.
-            counted = hidden[:, :-1].reshape(-1, hidden.shape[-1])[: batch.supervised].clone()
-            loss = standins.loss_of(on.loss, base, counted)
-            del hidden, counted
-        forward, live.peak = live.peak, live.now
+            outcome = live.now
+            loss = _counted(hidden, batch).sum()
+            del hidden
+        forward, kept, live.peak = live.peak, live.now, live.now
         loss.backward()
+    return Moments(forward, outcome, kept, live.peak)
+
+
+def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The head is given a copy of the positions that carry loss."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])[: batch.supervised].clone()
+
+
+def head_moments(shape: Shape, loss: Loss, batch: Batch) -> tuple[int, int]:
+    """The most that the loss alone takes in the forward pass, and in its own part of the backward pass."""
+    base, on = _network(shape).get_base_model(), shape.on
+    size = batch.rows, batch.length, base.config.get_text_config().hidden_size
+    hidden = torch.empty(size, dtype=getattr(torch, on.dtype), device="meta", requires_grad=True)
+    live = Live(512 if on.cuda else 1)
+    live.ignore([hidden, *base.parameters()])
+    with live:
+        with _computing(on):
+            value = standins.loss_of(loss, base, _counted(hidden, batch))
+        forward, live.peak = live.peak, live.now
+        value.backward()
     return forward, live.peak
 
 

@@ -43,12 +43,8 @@ class Planned:
 def plan(recipe: Recipe, settings: Settings, rows: int) -> Planned:
     """By the real model code on the meta device; every example as long as max_length allows, all of it carrying loss:
     the worst batch that the settings admit."""
-    from recipes.stages import footprint
-
     gpu = card(REFERENCE)
-    network = footprint.meta_network(
-        architecture(recipe), settings, conditions(recipe, choice_for(recipe, settings, gpu), settings)
-    )
+    network = _network(recipe, _size(settings), choice_for(recipe, settings, gpu).dtype)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters()) - trainable
     tokens = settings.batch_size * settings.accumulation * settings.max_length
@@ -118,20 +114,31 @@ def hopeless(recipe: Recipe, settings: Settings, gpu: Gpu) -> bool:
 
 
 def _held(recipe: Recipe, settings: Settings, choice: Choice) -> dict[str, int]:
-    from recipes.stages.footprint import Conditions
+    """Whatever the batch and the kernels are."""
+    return _held_bytes(recipe, _size(settings), choice.dtype, choice.optimizer)
 
-    # Whatever the batch and the kernels are.
-    size = Settings(lora_rank=settings.lora_rank, lora_targets=settings.lora_targets)
-    on = Conditions(dtype=choice.dtype, quantization=choice.quantization)
-    return _held_bytes(recipe, size, on, choice.optimizer)
+
+def _size(settings: Settings) -> tuple[int, tuple[str, ...], Any]:
+    """What the network's parameters follow from."""
+    return settings.lora_rank, settings.lora_targets, settings.quantization
 
 
 # Many cards share one calculation, and one card asks for the same more than once.
 @cache
-def _held_bytes(recipe: Recipe, settings: Settings, on: Any, optimizer: str) -> dict[str, int]:
+def _held_bytes(recipe: Recipe, size: tuple[int, tuple[str, ...], Any], dtype: Any, optimizer: str) -> dict[str, int]:
     from recipes.stages import footprint
 
-    return footprint.held_bytes(footprint.meta_network(architecture(recipe), settings, on), on, optimizer)
+    on = footprint.Conditions(dtype=dtype, quantization=size[2])
+    return footprint.held_bytes(_network(recipe, size, dtype), on, optimizer)
+
+
+@cache
+def _network(recipe: Recipe, size: tuple[int, tuple[str, ...], Any], dtype: Any) -> Any:
+    from recipes.stages import footprint
+
+    rank, targets, quantization = size
+    on = footprint.Conditions(dtype=dtype, quantization=quantization)
+    return footprint.meta_network(architecture(recipe), Settings(lora_rank=rank, lora_targets=targets), on)
 
 
 @cache
