@@ -10,6 +10,10 @@ COMMANDS = {
         "compare:main",
         "memory, time and tokens per second with and without Unsloth; the same training?",
     ),
+    "train": (
+        "train:main",
+        "training speed beside TRL and Unsloth as their documentation shows them; the same losses?",
+    ),
     "plan": (
         "plan:main",
         "parameters, steps, memory and time before any download; --check holds them against trainings",

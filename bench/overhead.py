@@ -80,6 +80,7 @@ class Beside(TrainingMeter):
     def bare_step(self) -> None:
         import torch
 
+        from recipes.stages.folding import folded, understood
         from recipes.stages.trainer import supervised
 
         trainer, args = self.trainer, self.trainer.args
@@ -90,8 +91,9 @@ class Beside(TrainingMeter):
             masses = [trainer.objective.mass(supervised(batch), batch["class"]) for batch in batches]
             count = torch.stack(masses).sum()
         for batch in batches:
-            ready = {name: value.to(trainer.model.device) for name, value in batch.items()}
-            trainer.compute_loss(trainer.model, ready, num_items_in_batch=count).backward()
+            ready = trainer._prepare_inputs(folded(batch) if trainer.data_collator.fold else batch)
+            with understood(trainer.model, ready) as ready:
+                trainer.compute_loss(trainer.model, ready, num_items_in_batch=count).backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

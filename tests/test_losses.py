@@ -251,6 +251,8 @@ def check(backend: str) -> dict[str, Any]:
             train_dataset=dataset(rendered, classes if objective else None),  # type: ignore[arg-type]
             processing_class=model.tokenizer,
             data_collator=collate,
+            # The reference is TRL's own way through its loss.
+            own_loss=objective,
         )
 
     gradients: dict[str, Any] = {}

@@ -81,6 +81,9 @@ class Settings:
     early_stopping: str = "off"
     """off, or patience=10,min_delta=0.001,watch=train (or watch=validation): end after so many checks without so much
     improvement of the loss. Checks are every --log-every steps, or every evaluation."""
+    fold: bool = True
+    """Put each batch into one row, without padding and with what all its prompts begin with once, where attention can
+    be told and enough is saved."""
     seed: int = 42
     """Seeds the split, the LoRA start, the order of batches and dropout."""
     log_every: int = 10

@@ -196,6 +196,7 @@ def train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.logs)
     model = load_for_training(recipe, chosen, settings, choice)
     memory["after_loading"] = memory_in_use(choice.device == "cuda")
+    from recipes.stages import folding
     from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
     from recipes.stages.losses import Objective, draws
     from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
@@ -234,6 +235,9 @@ def train(
         f"of {settings.batch_size} x {settings.accumulation}, backend {choice.backend}, {choice.dtype}"
     )
     say(f"watch it: tensorboard --logdir {run.logs}")
+    unfoldable = folding.obstacle(choice)
+    if settings.fold and unfoldable:
+        say(f"batches are padded: {unfoldable}")
 
     start = step_of(resume)
     before = kept_lines(run.path / "steps.jsonl", start)
@@ -287,10 +291,23 @@ def train(
         watched = Watched(watch) if watch else None
         # Whoever looks on measures steps, and no checkpoints. The last callback has the last word on saving.
         safe = Safekeeping(math.inf if watch else settings.checkpoint_minutes, _bad_steps(choice))
+        batches = Batches(
+            model.tokenizer.pad_token_id,
+            model.network.config.model_type == "gemma3",
+            watch,
+            settings.fold and unfoldable is None,
+        )
         trainer = RecipeTrainer(
             run=run,
-            sampler=Drawn(classes, drawn, settings.seed),
+            sampler=Drawn(
+                classes,
+                drawn,
+                settings.seed,
+                [len(r.input_ids) for r in rendered] if settings.accumulation > 1 else (),
+                settings.batch_size * settings.accumulation,
+            ),
             objective=objective,
+            own_loss=choice.backend != "unsloth",
             validate=validation,
             model=model.network,
             # Whoever looks on is told of memory and energy, which an evaluation in between would make its own.
@@ -298,7 +315,7 @@ def train(
             train_dataset=dataset(rendered, classes if objective else None),
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
-            data_collator=Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3", watch),
+            data_collator=batches,
             callbacks=[record, checks, *([watched] if watched else []), safe, *([stop] if stop else [])],
         )
         trainer.supervised_tokens = sum(line["supervised_tokens"] for line in before)
@@ -328,6 +345,8 @@ def train(
         "patched": replaced,
         "optimizer_steps": len(losses),
         "supervised_tokens": int(trainer.supervised_tokens),
+        "padded_tokens": batches.padded_tokens,
+        "computed_tokens": batches.computed_tokens,
         **{f"train_{key}": value for key, value in counts.items()},
         "first_loss": sum(losses[:window]) / window,
         "final_loss": sum(losses[-window:]) / window,
@@ -348,6 +367,8 @@ def train(
         say(f"kept the adapter of step {checks.best_step}, {validation.metric} {checks.best:.4f} on validation")
     if stop and stop.stopped_at:
         say(f"stopped early at step {stop.stopped_at} of {steps}: {settings.early_stopping}")
+    if batches.computed_tokens < batches.padded_tokens:
+        say(f"{1 - batches.computed_tokens / batches.padded_tokens:.0%} of the tokens of padded batches were spared")
     say(f"validating took {validation.seconds / measured['train_seconds']:.1%} of the time")
     return measured
 

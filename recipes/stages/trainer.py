@@ -16,9 +16,11 @@ import numpy
 import torch
 from transformers import PrinterCallback
 from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from recipes.stages import checkpoint
 from recipes.stages.callbacks import Watch
+from recipes.stages.folding import by_example, folded, understood
 from recipes.stages.losses import Objective
 from recipes.stages.render import IGNORED, Rendered
 from recipes.stages.run import Run
@@ -27,11 +29,14 @@ from recipes.stages.run import Run
 class Batches:
     """Collator: pads to the longest example. Padding is known by position, never by the pad token's id."""
 
-    def __init__(self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None):
+    def __init__(self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None, fold: bool = False):
         self.pad_token_id = pad_token_id
         # Gemma 3 with its vision tower will not train without being told that no token is an image.
         self.token_types = token_types
         self.watch = watch
+        self.fold = fold
+        """Put each batch into one row."""
+        self.padded_tokens = self.computed_tokens = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(example["input_ids"]) for example in examples)
@@ -52,12 +57,15 @@ class Batches:
             batch["class"] = torch.tensor([example["class"] for example in examples])
         if self.watch:
             self.watch.batch(batch)
-        return batch
+        laid_out = folded(batch) if self.fold else batch
+        self.padded_tokens += batch["input_ids"].numel()
+        self.computed_tokens += laid_out["input_ids"].numel()
+        return laid_out
 
 
 def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of each row that carry loss; a row's first token has nothing before it to be predicted from."""
-    return (batch["labels"][:, 1:] != IGNORED).sum(-1)
+    """Tokens of each example that carry loss; its first token has nothing before it to be predicted from."""
+    return by_example((batch["labels"][:, 1:] != IGNORED).long(), batch.get("fold"))
 
 
 class Drawn(torch.utils.data.Sampler[int]):
@@ -66,9 +74,14 @@ class Drawn(torch.utils.data.Sampler[int]):
 
     Each class is drawn as often as `draws` says, its rows in turn: none comes up a second time before all have
     come up once. Over several processes the data loader deals these out like any other order.
+
+    The rows of one optimiser step, `together` of them, are sorted by length, so that its parts need little padding.
     """
 
-    def __init__(self, classes: Sequence[int], draws: Sequence[int], seed: int):
+    def __init__(
+        self, classes: Sequence[int], draws: Sequence[int], seed: int, lengths: Sequence[int] = (), together: int = 1
+    ):
+        self.lengths, self.together = torch.tensor(lengths), together
         self.members = [
             torch.tensor([row for row, c in enumerate(classes) if c == index]) for index in range(len(draws))
         ]
@@ -88,7 +101,11 @@ class Drawn(torch.utils.data.Sampler[int]):
             in_turn = [members[torch.randperm(len(members), generator=generator)] for _ in range(turns)]
             drawn.append(torch.cat(in_turn)[:count])
         rows = torch.cat(drawn)
-        return iter(rows[torch.randperm(len(rows), generator=generator)].tolist())
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        if len(self.lengths):
+            steps = rows.split(self.together)
+            rows = torch.cat([step[self.lengths[step].argsort(stable=True)] for step in steps])
+        return iter(rows.tolist())
 
 
 class RecipeTrainer(SFTTrainer):
@@ -104,6 +121,7 @@ class RecipeTrainer(SFTTrainer):
         sampler: Drawn,
         objective: Objective | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
+        own_loss: bool = True,
         **arguments: Any,
     ):
         trained = [(p, p.data) for p in arguments["model"].parameters() if p.requires_grad]
@@ -112,6 +130,11 @@ class RecipeTrainer(SFTTrainer):
             # TRL rounds the LoRA matrices of a quantised model to bfloat16 for good, under either backend, and AdamW on
             # such parameters loses every update below their 8 bits.
             parameter.data = data
+        # Unsloth's trainer has a loss of its own for free text. TRL's also computes every token's entropy, for metrics
+        # that are not looked at: another pass over the logits.
+        self.own_loss = objective is not None or own_loss
+        if own_loss:
+            add_fused_lm_head(self.model.get_base_model())
         self.remove_callback(PrinterCallback)
         self.run, self.sampler, self.objective, self.validate = run, sampler, objective, validate
         self.parts: list[int] = []
@@ -121,8 +144,9 @@ class RecipeTrainer(SFTTrainer):
         return self.sampler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.supervised_tokens += supervised(inputs).sum()
-        return super().training_step(model, inputs, *args, **kwargs)
+        with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
+            self.supervised_tokens += supervised(ready).sum()
+            return super().training_step(model, ready, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base
@@ -140,12 +164,14 @@ class RecipeTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.objective is None:
+        if not self.own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        classes = inputs.pop("class")
+        classes = inputs.pop("class", None)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        log_p = outputs.log_probs.sum(-1)
+        if self.objective is None:
+            return -outputs.log_probs.sum() / num_items_in_batch * self.accelerator.num_processes
+        log_p = by_example(outputs.log_probs, inputs.get("fold"))
         self.negative_log_likelihood -= log_p.detach().sum()
         # The mass is that of all processes, whose gradients will be averaged.
         return self.objective.loss(log_p, classes, num_items_in_batch) * self.accelerator.num_processes

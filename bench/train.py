@@ -1,0 +1,205 @@
+"""How fast this repository trains beside the tools that a user could pick instead: python -m bench train
+
+Ours, TRL and Unsloth, each in a process of its own, in random order with the arms of a round next to each other, on the
+same model, tokens, rows and steps. What is learned is compared too: a faster training that is another one is no gain.
+"""
+
+import random
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+
+from bench.case import Case
+from bench.compare import checked
+from bench.launch import make_ready, one
+from bench.recipes import NAMES
+from bench.report import deliver, markdown
+from bench.statistics import TOLERANCES, Ratio, paired_ratio
+from fallback.choose import Backend, BackendName, Dtype
+from recipes.stages.base_model import Size
+from recipes.stages.console import say
+from recipes.stages.recipe import UserError
+from recipes.stages.run import environment
+
+OURS = "ours"
+RIVALS: dict[str, BackendName] = {
+    "trl": "peft",
+    "trl-everything": "peft",
+    "unsloth": "unsloth",
+    "unsloth-compiled": "unsloth",
+}
+"""Arm -> what loads its model. TRL takes the loss on the answers, or on everything as it does unless told otherwise."""
+# Nothing that is drawn at random, and nothing that only our settings know.
+LIKE_WITH_LIKE = (
+    "--lora-dropout", "0", "--neftune-alpha", "0", "--warmup-ratio", "0", "--weight-decay", "0", "--early-stopping",
+    "off", "--log-every", "1000000", "--epochs", "100000",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the same thing with this repository, TRL and Unsloth, and compare."""
+
+    recipes: str = "gemma3_12b_opercode,llama_1b_civil"
+    """Which, with commas between them."""
+    arms: str = ",".join(RIVALS)
+    """What to compare with, with commas between them."""
+    backend: Backend = "auto"
+    """Of ours."""
+    size: Size = "small"
+    """Of the models, with random weights."""
+    dtype: Dtype = "auto"
+    """What all of them compute in."""
+    steps: int = 14
+    """Optimiser steps of each training."""
+    warmup: int = 3
+    """Steps that are not counted, beside the first, which is told apart: it compiles."""
+    repeats: int = 3
+    """Rounds; every round runs every arm once."""
+    batch_size: int | None = None
+    """Instead of the recipe's."""
+    limit: float = 900.0
+    """Seconds after which a training is given up."""
+    seed: int = 0
+    """Decides the order."""
+    out: Path | None = None
+    """Also write the figures to this JSON file."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def main(arguments: list[str]) -> None:
+    args = tyro.cli(Train, prog="python -m bench train", args=arguments)
+    recipes = checked(args.recipes, tuple(NAMES), "--recipes")
+    rivals = checked(args.arms, tuple(RIVALS), "--arms")
+    if args.steps <= args.warmup + 1:
+        raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
+    folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in recipes:
+            make_ready(name, args.size, "random")
+        order = random.Random(args.seed)
+        for repeat in range(args.repeats):
+            for name in recipes:
+                arms = [OURS, *rivals]
+                order.shuffle(arms)
+                for arm in arms:
+                    rows.append(measured(args, name, arm, repeat, folder))
+                    print(f"{name} #{repeat + 1} {arm}: {brief(rows[-1])}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    recipes_found = {n: compared([r for r in rows if r["recipe"] == n], rivals) for n in recipes}
+    summary: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench", "train", *arguments]),
+        "environment": environment(),
+        "settings": {**asdict(args), "out": None},
+        "recipes": recipes_found,
+    }
+    if not deliver(summary, args.out, args.json):
+        for name, found in recipes_found.items():
+            say(f"\n{name}, size {args.size}, {found['dtype'] or 'not measured'}")
+            say(table(found))
+
+
+def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dict[str, Any]:
+    backend = args.backend if arm == OURS else RIVALS[arm]
+    flags = ["--size", args.size, "--weights", "random", "--backend", backend, "--dtype", args.dtype]
+    flags += ["--max-steps", str(args.steps), *LIKE_WITH_LIKE]
+    if args.batch_size is not None:
+        flags += ["--batch-size", str(args.batch_size)]
+    case = Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
+    return one(case, folder, args.limit, "bench.worker" if arm == OURS else "bench.rivals")
+
+
+def brief(row: dict[str, Any]) -> str:
+    if row["status"] != "measured":
+        return f"{row['status']}: {row['reason']}"
+    return f"{row['train']['tokens_per_second']:,.0f} tokens/s"
+
+
+MEDIANS = (
+    "tokens_per_second", "supervised_tokens_per_second", "samples_per_second", "first_step_seconds",
+    "peak_resident_bytes", "peak_allocated_bytes",
+)  # fmt: skip
+
+
+def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
+    """Of one recipe: each arm's medians, and ours to every other in pairs."""
+    arms: dict[str, Any] = {}
+    runs = {
+        arm: {row["repeat"]: row for row in rows if row["arm"] == arm and row["status"] == "measured"}
+        for arm in (OURS, *rivals)
+    }
+    for arm, good in runs.items():
+        if not good:
+            failed = next(row for row in rows if row["arm"] == arm)
+            arms[arm] = {"status": failed["status"], "reason": failed["reason"]}
+            continue
+        told = [row["train"] for row in good.values()]
+        arms[arm] = {"status": "measured", "runs": len(told), "losses": [step["loss"] for step in told[0]["steps"]]}
+        for name in MEDIANS:
+            values = [one[name] for one in told if one[name] is not None]
+            arms[arm][name] = median(values) if values else None
+    ours = runs[OURS]
+    if not ours:
+        return {"dtype": None, "arms": arms, "ratio_to_trl": None, "best_other": None, "ratio_to_best_other": None}
+    dtype = next(iter(ours.values()))["choice"]["dtype"]
+    for name in ("mfu", "matmul_flops_per_second"):
+        arms[OURS][name] = median(row["train"][name] for row in ours.values())
+    for arm in rivals:
+        both = sorted(ours.keys() & runs[arm].keys())
+        if both:
+            arms[arm]["ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "tokens_per_second"))
+            arms[arm]["memory_of_ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "peak_resident_bytes"))
+            arms[arm]["losses_apart"] = losses_apart(arms[OURS]["losses"], arms[arm]["losses"])
+            arms[arm]["same_training"] = arms[arm]["losses_apart"] <= TOLERANCES[dtype]
+    ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}
+    best = max(ratios, key=lambda arm: arms[arm]["tokens_per_second"], default=None)
+    return {
+        "dtype": dtype,
+        "arms": arms,
+        "ratio_to_trl": ratios.get("trl"),
+        "best_other": best,
+        "ratio_to_best_other": ratios[best] if best else None,
+    }
+
+
+def _ratio(ours: dict[int, Any], theirs: dict[int, Any], both: Sequence[int], name: str) -> Ratio:
+    return paired_ratio([ours[k]["train"][name] for k in both], [theirs[k]["train"][name] for k in both])
+
+
+def losses_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference of the losses of one step, over the first steps: later ones have their own
+    roundings behind them."""
+    return max(abs(a - b) / max(abs(b), 1e-9) for a, b in list(zip(ours, theirs, strict=False))[:5])
+
+
+def table(found: dict[str, Any]) -> str:
+    header = ["arm", "tokens/s", "answer tokens/s", "rows/s", "first step", "peak memory", "ours is", "same losses"]
+    return markdown(header, [[arm, *_cells(of)] for arm, of in found["arms"].items()])
+
+
+def _cells(of: dict[str, Any]) -> list[str]:
+    if of["status"] != "measured":
+        return [f"{of['status']}: {of['reason']}", *[""] * 6]
+    ratio = of.get("ours_to_this")
+    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio and ratio["low"] is not None else ""
+    same = {True: "yes", False: f"no, {of.get('losses_apart', 0):.1%} apart", None: ""}[of.get("same_training")]
+    return [
+        f"{of['tokens_per_second']:,.0f}",
+        f"{of['supervised_tokens_per_second']:,.0f}",
+        f"{of['samples_per_second']:.1f}",
+        f"{of['first_step_seconds']:.1f} s",
+        f"{(of['peak_allocated_bytes'] or of['peak_resident_bytes']) / 2**20:,.0f} MiB",
+        f"x {ratio['value']:.2f}{interval}" if ratio else "",
+        same,
+    ]

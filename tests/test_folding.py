@@ -1,0 +1,222 @@
+"""A batch in one row against the same batch padded: the losses of every example and the gradients of every matrix.
+
+Run as a program it compares under one backend, in a process of its own, and prints what it found.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import need
+
+from fallback.choose import BACKENDS, Choice, choose
+
+FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "gemma2_2b_ohlora"]
+
+
+@cache
+def of_backend(backend: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, backend], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=[(name, backend) for name in FAMILIES for backend in BACKENDS], ids="-".join)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    name, backend = request.param
+    need(backend, name)
+    return of_backend(backend)[name]
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointing"])
+def test_losses_and_gradients_are_those_of_the_padded_batch(found: dict[str, Any], way: str) -> None:
+    assert found["width"] > 64, "shorter than the sliding window: nothing would be shown"
+    assert found["computed"] < 0.9 * found["padded"]
+    assert found[way]["loss"] < 2e-6
+    assert found[way]["gradient"] < 2e-5
+    assert found[way]["matrices"] > 0
+
+
+def test_the_model_is_left_as_it_was(found: dict[str, Any]) -> None:
+    assert found["attention_after"] == found["attention_before"]
+
+
+def batch(*rows: tuple[list[int], int]) -> dict[str, torch.Tensor]:
+    """Rows of tokens, and how many of the last carry loss."""
+    from recipes.stages.trainer import Batches
+
+    return Batches(0)([{"input_ids": ids, "labels": [-100] * (len(ids) - n) + ids[len(ids) - n :]} for ids, n in rows])
+
+
+def test_where_tokens_go() -> None:
+    from recipes.stages.folding import by_example, folded
+    from recipes.stages.trainer import supervised
+
+    padded = batch(([5, 6, 7, 8, 9], 1), ([5, 6, 3, 4], 1), ([5, 6, 7, 1, 2, 3, 4, 5], 2))
+    row = folded(padded)
+    fold = row["fold"]
+    assert row["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, 7, 1, 2, 3, 4, 5]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 2, 3, 4, 5, 6, 7]]
+    back = row["input_ids"][0][fold.spread].view(3, 8)
+    kept = padded["attention_mask"].bool()
+    assert back[kept].tolist() == padded["input_ids"][kept].tolist()
+    assert supervised(row).tolist() == supervised(padded).tolist() == [1, 1, 2]
+    told = torch.arange(1.0, 13.0)[None]
+    assert by_example(told, fold).tolist() == [1 + 2 + 3 + 4, 5 + 6, sum(range(7, 13))]
+
+
+@pytest.mark.parametrize(
+    ("why", "rows"),
+    [
+        ("nothing is shared", [([1, 2, 3, 4], 1), ([2, 2, 3, 4, 5, 6, 7, 8], 1)]),
+        ("too little is saved", [([1, *range(20, 50)], 1), ([1, *range(60, 90)], 1)]),
+        ("one example", [([1, 2, 3, 4], 1)]),
+    ],
+)
+def test_what_is_not_worth_it_stays_padded(why: str, rows: Any) -> None:
+    from recipes.stages.folding import folded
+
+    padded = batch(*rows)
+    assert folded(padded) is padded, why
+
+
+def test_the_first_own_token_never_carries_loss() -> None:
+    """Of identical prompts the last token stays with each example: the answer has to follow its own prompt."""
+    from recipes.stages.folding import folded
+
+    row = folded(batch(*[([1, 2, 3, 4, 5, 6, 10 + n], 1) for n in range(4)]))
+    assert row["fold"].shared == 5
+    starts = [row["fold"].example.tolist().index(n) for n in (1, 2, 3)]
+    assert [row["labels"][0, start].item() for start in starts] == [-100] * 3
+
+
+def test_noise_on_embeddings_is_as_strong_as_in_the_padded_batch() -> None:
+    from recipes.stages.folding import folded, understood
+
+    network = torch.nn.Module()
+    embeddings = torch.nn.Embedding(4, 4)
+    embeddings.neftune_noise_alpha = 5.0
+    network.config = type("Config", (), {"get_text_config": lambda self: self, "_attn_implementation": "sdpa"})()
+    network.get_input_embeddings = lambda: embeddings
+    network.device = torch.device("cpu")
+    row = folded(batch(([1, 2, 3, 4], 1), ([1, 2, 3, 4, 5, 6, 7, 8], 1)))
+    with understood(network, row):
+        assert embeddings.neftune_noise_alpha / row["input_ids"].shape[1] ** 0.5 == pytest.approx(5 / 8**0.5)
+    assert embeddings.neftune_noise_alpha == 5.0
+
+
+def test_who_cannot_be_told() -> None:
+    from recipes.stages.folding import obstacle
+
+    on = Choice("unsloth", "cuda", "bfloat16", "sdpa", "4bit", "adamw_8bit", True)
+    assert "Unsloth" in str(obstacle(on))
+    assert obstacle(replace(on, backend="peft")) is None
+    assert "FlashAttention" in str(obstacle(replace(on, backend="peft", attention="flash_attention_2")))
+    assert obstacle(replace(on, device="cpu")) is None
+
+
+def test_a_step_s_parts_are_of_one_length_and_its_rows_the_same() -> None:
+    from recipes.stages.trainer import Drawn
+
+    lengths = [(7 * row) % 23 for row in range(20)]
+    plain = list(Drawn([0] * 20, [20], 3))
+    ordered = list(Drawn([0] * 20, [20], 3, lengths, 8))
+    for start in (0, 8, 16):
+        here = ordered[start : start + 8]
+        assert sorted(here) == sorted(plain[start : start + 8])
+        assert [lengths[row] for row in here] == sorted(lengths[row] for row in here)
+
+
+def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any], tmp_path: Path) -> None:
+    losses = {}
+    for flag in ("--fold", "--no-fold"):
+        done = command(
+            "recipes.gemma3_12b_opercode", "train", "--max-steps", "3", "--eval-rows", "12", flag, "--run", flag[2:]
+        )
+        assert done.returncode == 0, done.stderr
+        steps = (tmp_path / flag[2:] / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[flag] = [json.loads(step)["loss"] for step in steps]
+        measured = json.loads((tmp_path / flag[2:] / "metrics.json").read_text(encoding="utf-8"))["train"]
+        assert (measured["computed_tokens"] < 0.7 * measured["padded_tokens"]) == (flag == "--fold")
+    assert losses["--fold"] == pytest.approx(losses["--no-fold"], rel=1e-4)
+
+
+def compared(name: str, backend: Any) -> dict[str, Any]:
+    from recipes.stages import train
+    from recipes.stages.base_model import model_type, settle
+    from recipes.stages.prepare import sample_examples
+
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    chosen = settle(recipe, "tiny")
+    settings = replace(recipe.settings, lora_dropout=0.0, checkpointing=False, quantization="none")
+    choice = choose(model_type(recipe, chosen), backend, "none", settings.optimizer)
+    model = train.load_for_training(recipe, chosen, settings, choice)
+    from trl.trainer.utils import add_fused_lm_head
+
+    from recipes.stages.folding import by_example, understood
+    from recipes.stages.trainer import Batches
+
+    network = model.network
+    add_fused_lm_head(network.get_base_model())
+    network.train()
+    torch.manual_seed(0)
+    for which, weight in network.named_parameters():
+        if "lora_B" in which:
+            torch.nn.init.normal_(weight.data, std=0.05)
+    rendered = [model.renderer.example(example, 512) for example in sample_examples(recipe)]
+    # The longest, some short ones, and one with an answer twice as long: lengths as different as they come.
+    chosen_rows = sorted((r for r in rendered if r), key=lambda r: len(r.input_ids))
+    rows = [*chosen_rows[:3], *chosen_rows[-2:]]
+    if len(rows[-1].input_ids) <= 64:
+        rows[-1] = replace(rows[-1], input_ids=rows[-1].input_ids * 2, labels=rows[-1].labels * 2)
+    items = [{"input_ids": r.input_ids, "labels": r.labels} for r in rows]
+
+    def taken(fold: bool) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
+        laid_out = Batches(model.tokenizer.pad_token_id, network.config.model_type == "gemma3", None, fold)(items)
+        network.zero_grad()
+        with understood(network, laid_out) as ready:
+            outputs = network(**ready, fused_lm_head=True, use_cache=False)
+            losses = by_example(outputs.log_probs, ready.get("fold"))
+            losses.sum().backward()
+        return laid_out, losses.detach(), {n: p.grad.clone() for n, p in network.named_parameters() if p.requires_grad}
+
+    before = network.config._attn_implementation
+    result: dict[str, Any] = {}
+    for way in ("plain", "checkpointing"):
+        if way == "checkpointing":
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.enable_input_require_grads()
+        padded, losses, gradients = taken(False)
+        row, row_losses, row_gradients = taken(True)
+        assert "fold" in row, "not folded: nothing would be shown"
+        result[way] = {
+            "loss": ((losses - row_losses).abs() / losses.abs()).max().item(),
+            "gradient": max(
+                ((gradients[n] - row_gradients[n]).abs().max() / gradients[n].abs().max()).item() for n in gradients
+            ),
+            "matrices": len(gradients),
+        }
+    return {
+        **result,
+        "width": padded["input_ids"].shape[1],
+        "padded": padded["input_ids"].numel(),
+        "computed": row["input_ids"].numel(),
+        "attention_before": before,
+        "attention_after": network.config._attn_implementation,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compared(name, sys.argv[1]) for name in FAMILIES}))
