@@ -19,6 +19,7 @@ from fallback.torch_build import usable_gpu
 from recipes.stages import (
     chat,
     evaluate,
+    export,
     history,
     pace,
     plan,
@@ -212,6 +213,21 @@ class Chat(Generic[Remembering]):
 
 
 @dataclass(frozen=True)
+class Export:
+    """Hand the model on: merged weights, an Ollama model, a GGUF file, or a place on the hub."""
+
+
+@dataclass(frozen=True)
+class ExportMerged:
+    """Fold the adapter into the base weights at 16 bits, and check that the outcome answers like the adapter."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The folder to write; merged/ in the run if not given."""
+
+
+@dataclass(frozen=True)
 class Remember:
     """Show which item of a memory file would be put before a question, and how related all of them are."""
 
@@ -257,6 +273,7 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
         "plan": (Plan, plan_command),
         "runs": (Runs, runs_command),
         "stats": (Stats, stats_command),
+        "export": (Export, export_command),
     }
     if not isinstance(recipe.sample, str):
         stages = {"sample": (Sample, sample_command), **stages}
@@ -532,6 +549,28 @@ def planned_preset(recipe: Recipe) -> str:
     if not fitting:
         raise UserError(f"--auto-preset: no preset fits this GPU; see python -m recipes.{recipe.name} plan")
     return fitting[0]
+
+
+def export_command(recipe: Recipe, given: list[str]) -> None:
+    kinds: dict[str, tuple[Any, Callable[[Recipe, Any], None]]] = {
+        "merged": (ExportMerged(), export_merged),
+    }
+    command = f"python -m recipes.{recipe.name} export"
+    if given and given[0] in ("-h", "--help"):
+        for name, (default, _) in kinds.items():
+            say(f"  {command} {name} [--help]\n      {(type(default).__doc__ or '').strip()}")
+        return
+    if not given or given[0] not in kinds:
+        what = repr(given[0]) if given else "nothing"
+        raise UserError(f"export: {what} cannot be written; name one of {', '.join(kinds)}, as in {command} merged")
+    default, do = kinds[given[0]]
+    do(recipe, parse(recipe, f"export {given[0]}", type(default), given[1:], default))
+
+
+def export_merged(recipe: Recipe, args: ExportMerged) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        export.merged(source, args.out)
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:

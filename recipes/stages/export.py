@@ -1,0 +1,371 @@
+"""adapter/ -> a model of its own: LoRA folded into the base weights as they were published, and looked at afterwards.
+
+Neither 4 nor 8 bits are merged into: what was learned on quantised weights is added to the weights that they were made
+from. Whether the outcome answers like the adapter is measured on the files, before they get their name.
+"""
+
+import gc
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fallback.choose import Choice
+from recipes.stages import prepare, train
+from recipes.stages.base_model import Chosen, ensure_files, published_config
+from recipes.stages.classifier import Known
+from recipes.stages.console import say
+from recipes.stages.exported import load_whole, with_phrase
+from recipes.stages.recipe import Message, Recipe, Sampling, UserError
+from recipes.stages.run import (
+    Run,
+    as_system_error,
+    place_beside,
+    read_json,
+    replacing_folder,
+    write_json,
+)
+
+PROMPTS = 8
+"""Sample prompts that adapter and merged model are compared on."""
+ANSWER_TOKENS = 32
+SHARD_BYTES = 4 * 2**30
+"""Largest file of weights; more files than one get an index."""
+
+# What the merged model may differ by, as a share of what training changed in the logits: no sum is wrong by less than
+# that share, and rounding the weights once comes nowhere near it. The second number is the share of the logits' own
+# spread below which a change is as small as what rounding does to it.
+_ROUNDING = {"float32": (0.01, 1e-3), "bfloat16": (0.25, 2**-5), "float16": (0.25, 2**-7)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained run, opened to be exported."""
+
+    recipe: Recipe
+    run: Run
+    chosen: Chosen
+    trained: Choice
+    """What it was trained with, quantisation included."""
+    asked_quantization: str
+    max_length: int
+
+    @property
+    def base_name(self) -> str:
+        """The base model for other people: a hub id, or the last part of a path."""
+        return self.chosen.name if not Path(self.chosen.name).is_dir() else Path(self.chosen.name).resolve().name
+
+
+def open_source(recipe: Recipe, path: Path | None) -> Source:
+    run, chosen, trained, max_length = train.open_run(recipe, path, "peft")
+    if run.unfinished:
+        raise UserError(f"{run.path}: its training has not come to its end; {train.going_on(recipe, run)}")
+    return Source(recipe, run, chosen, trained, read_json(run.config)["settings"]["quantization"], max_length)
+
+
+def place_for(source: Source, out: Path | None, kind: str) -> Path:
+    """The folder to write; what somebody else put there is not replaced."""
+    place = out or source.run.path / kind
+    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / "export.json").is_file())):
+        raise UserError(f"--out {place}: something else than an export is there; name another folder")
+    if not place.parent.is_dir():
+        raise UserError(f"--out {place}: there is no folder {place.parent}")
+    return place
+
+
+def merged(source: Source, out: Path | None, kind: str = "merged", more: Callable[[Path, Any], None] | None = None) -> Path:
+    """Write the merged model; `more` is given the folder and the loaded model before the folder gets its name."""
+    place = place_for(source, out, kind)
+    dtype, why = stored_dtype(source)
+    with system_errors(), replacing_folder(place) as beside:
+        about = _write(source, beside, dtype, why, more)
+        tell(about, place)
+    return place
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """A full disk is the system's matter, also where a library has hidden its number."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (refused := as_system_error(error)) and not isinstance(error, OSError):
+            raise refused from error
+        raise
+
+
+def stored_dtype(source: Source) -> tuple[str, str]:
+    """The precision of the merged weights: that of the base model's files, so that merging loses nothing else."""
+    source.trained.module().import_libraries(source.trained)
+    ensure_files(source.recipe, source.chosen)
+    config = read_json(base_config(source))
+    if "quantization_config" in config:
+        raise UserError(
+            f"{source.base_name}: its weights are quantised already, and nothing is merged into such; train on the "
+            "model that they were made from, or hand on the adapter: export hub"
+        )
+    parts = [config, config.get("text_config") or {}]
+    named = next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "")
+    if named in _ROUNDING:
+        return named, "as the base model's files are"
+    return "bfloat16", "the base model's files do not say theirs"
+
+
+def base_config(source: Source) -> Path:
+    return (
+        Path(source.chosen.source) / "config.json"
+        if source.chosen.weights == "random"
+        else published_config(source.chosen)
+    )
+
+
+def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[Path, Any], None] | None) -> dict[str, Any]:
+    recipe, run = source.recipe, source.run
+    choice = replace(source.trained, quantization="none", dtype=dtype, device=_device(source))
+    say(f"merging into {dtype} weights ({why}), on the {'GPU' if choice.device == 'cuda' else 'CPU'} …")
+    model = train.load_trained(recipe, run, source.chosen, choice, source.max_length)
+    prompts = [model.renderer.prompt(messages, source.max_length) for messages in sample_prompts(source)]
+    adapter = observe(model, prompts)
+    with model.network.disable_adapter():
+        untrained = observe(model, prompts, adapter.answers)
+    if all(bool((a == b).all()) for a, b in zip(adapter.logits, untrained.logits, strict=True)):
+        raise UserError(f"{run.adapter}: it changes nothing in {source.base_name}; it belongs to another base model")
+    needed = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    if (free := shutil.disk_usage(place_beside(folder.parent)).free) < needed:
+        raise UserError(f"{folder.parent}: {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} free; free some space")
+    network = fold(model.network)
+    model = replace(model, network=network)
+    network.generation_config = served_with(model, recipe.sampling)
+    network.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    model.tokenizer.chat_template = with_phrase(model.tokenizer.chat_template, recipe.stop_phrase)
+    model.tokenizer.save_pretrained(folder)
+    _say_whether_bos_is_added(folder, model)
+    if recipe.closed:
+        Known.of(run).write(folder)
+    ends = network.generation_config.eos_token_id
+    about: dict[str, Any] = {
+        "recipe": recipe.name,
+        "base_model": {"name": source.base_name, "size": source.chosen.size, "weights": source.chosen.weights},
+        "notice": source.chosen.description.replace(source.chosen.name, source.base_name),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "dtype": dtype,
+        "dtype_reason": why,
+        "max_length": source.max_length,
+        "stop_strings": list(recipe.stop),
+        "end_tokens": {model.tokenizer.convert_ids_to_tokens(i): i for i in ends},
+        "trained_on": source.asked_quantization,
+    }
+    if more:
+        more(folder, model)
+    del model, network
+    free_memory()
+    again = load_whole(recipe, folder, choice, source.max_length)
+    about["parity"] = agreement(adapter, untrained, observe(again, prompts), observe(again, prompts, adapter.answers), dtype)
+    del again
+    free_memory()
+    refuse_other_answers(source, about["parity"])
+    about["on_quantised_base"] = _on_quantised(source, prompts, adapter, untrained)
+    write_json(folder / "export.json", about)
+    return about
+
+
+def _device(source: Source) -> str:
+    """The GPU where the model fits at 16 bits, with room to answer; else the memory of the machine."""
+    if source.trained.device == "cpu":
+        return "cpu"
+    import torch
+
+    config = read_json(base_config(source))
+    text = config.get("text_config") or config
+    # Generous, and cheap to know before anything is loaded: layers of attention and a gated MLP, and two embeddings.
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    parameters = layers * (4 * width * width + 3 * width * text["intermediate_size"]) + 2 * text["vocab_size"] * width
+    return "cuda" if torch.cuda.mem_get_info()[0] > 2.2 * parameters + 2**30 else "cpu"
+
+
+def free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def sample_prompts(source: Source) -> list[tuple[Message, ...]]:
+    """What the run was tested on, where that is still there; else the recipe's own sample."""
+    data = source.run.data / "test.jsonl"
+    examples = train.examples(source.recipe, source.run, "test") if data.is_file() else []
+    return [example.prompt for example in (examples or prepare.sample_examples(source.recipe))[:PROMPTS]]
+
+
+def fold(network: Any) -> Any:
+    """Add every pair of LoRA matrices to its weight, in float32, and round once. PEFT's own merge rounds what is added
+    before it adds it."""
+    import torch
+
+    folded = 0
+    with torch.no_grad():
+        for module in network.modules():
+            for name in getattr(module, "lora_A", ()):
+                weight = module.get_base_layer().weight
+                weight.data = (weight.float() + module.get_delta_weight(name).float()).to(weight.dtype)
+                folded += 1
+    if not folded:
+        raise UserError("the adapter has no LoRA matrices: there is nothing to merge")
+    return network.unload()
+
+
+def served_with(model: Any, sampling: Sampling) -> Any:
+    """What servers read: every token that ends an answer, and how the recipe draws."""
+    from recipes.stages.generation import configuration
+
+    ours, theirs = configuration(model, sampling), model.network.generation_config
+    if sampling.temperature > 0:
+        theirs.do_sample, theirs.temperature, theirs.top_p, theirs.top_k = True, sampling.temperature, sampling.top_p, 0
+    else:
+        theirs.do_sample, theirs.temperature, theirs.top_p, theirs.top_k = False, None, None, None
+    theirs.eos_token_id, theirs.pad_token_id = ours.eos_token_id, ours.pad_token_id
+    theirs.bos_token_id = model.tokenizer.bos_token_id
+    theirs.max_new_tokens = sampling.max_new_tokens
+    # Otherwise transformers takes it for a copy of config.json, and makes it anew from there.
+    theirs._from_model_config = False
+    return theirs
+
+
+def begins_with_bos(model: Any) -> bool:
+    """Prompts begin with the token that begins a text."""
+    prompt = model.renderer.prompt((Message("user", "?"),))
+    return bool(prompt[0] == model.tokenizer.bos_token_id)
+
+
+def _say_whether_bos_is_added(folder: Path, model: Any) -> None:
+    """Ollama's and llama.cpp's readers put the token that begins a text before a prompt if this says so."""
+    config = folder / "tokenizer_config.json"
+    write_json(config, {**read_json(config), "add_bos_token": begins_with_bos(model)})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model answers to some prompts, and its logits all along the answers."""
+
+    answers: list[list[int]]
+    logits: list[Any]
+
+
+def observe(model: Any, prompts: Sequence[list[int]], answers: list[list[int]] | None = None) -> Seen:
+    """Greedy answers; or logits along answers that are given."""
+    import torch
+
+    from recipes.stages.generation import configuration
+
+    how = configuration(model, Sampling(max_new_tokens=ANSWER_TOKENS))
+    device, found, logits = model.network.device, [], []
+    with torch.inference_mode():
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt], device=device)
+            if answers is None:
+                made = model.network.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how
+                )
+                found.append(made[0, len(prompt) :].tolist())
+            answer = found[-1] if answers is None else answers[number]
+            whole = torch.tensor([prompt + answer], device=device)
+            out = model.network(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
+            logits.append(out[0, len(prompt) - 1 : -1].float().cpu())
+    return Seen(answers or found, logits)
+
+
+def agreement(adapter: Seen, untrained: Seen, answered: Seen, along: Seen, dtype: str) -> dict[str, Any]:
+    """How far another model is from the adapter, in logits along the adapter's answers and in answers of its own; and
+    how far the adapter is from the base model, which is the measure of it."""
+    import torch
+
+    one, base, other = (torch.cat(seen.logits) for seen in (adapter, untrained, along))
+
+    def rms(values: Any) -> float:
+        return float(values.double().square().mean().sqrt())
+
+    difference, effect = rms(other - one), rms(one - base)
+    limit, floor = _ROUNDING[dtype]
+    spread = rms(one - one.mean(1, keepdim=True))
+    largest = float((other - one).abs().max())
+    same = sum(a == b for a, b in zip(adapter.answers, answered.answers, strict=True))
+    ties = sum(
+        _tie(logits, a, b, 2 * largest)
+        for logits, a, b in zip(adapter.logits, adapter.answers, answered.answers, strict=True)
+        if a != b
+    )
+    return {
+        "prompts": len(adapter.answers),
+        "positions": len(one),
+        "largest_difference": largest,
+        "rms_difference": difference,
+        "rms_of_what_training_changed": effect,
+        "share": difference / max(effect, floor * spread),
+        "share_allowed": limit,
+        "same_likeliest_token": float((other.argmax(1) == one.argmax(1)).double().mean()),
+        "same_answers": same,
+        "answers_that_part_at_a_tie": ties,
+    }
+
+
+def _tie(logits: Any, one: list[int], other: list[int], margin: float) -> bool:
+    """The answers part where the adapter itself hardly prefers its own token."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return at is not None and float(logits[at][one[at]] - logits[at][other[at]]) <= margin
+
+
+def refuse_other_answers(source: Source, parity: dict[str, Any]) -> None:
+    answers = parity["same_answers"] + parity["answers_that_part_at_a_tie"]
+    if not parity["share"] <= parity["share_allowed"] or answers < parity["prompts"]:
+        raise UserError(
+            f"{source.run.path}: the merged model does not answer like the adapter: its logits are off by "
+            f"{parity['share']:.1%} of what training changed (allowed: {parity['share_allowed']:.0%}), "
+            f"{parity['same_answers']} of {parity['prompts']} answers are the same; nothing was kept. Hand on the "
+            "adapter instead (export hub), and report this line"
+        )
+
+
+def _on_quantised(source: Source, prompts: list[list[int]], adapter: Seen, untrained: Seen) -> dict[str, Any] | None:
+    """The adapter where it was trained, on quantised weights, beside the same adapter on whole ones. They differ, by
+    what the quantisation took away and training made up for: no fault of the merge, and worth knowing."""
+    if source.asked_quantization == "none":
+        return None
+    if source.trained.quantization == "none":
+        return {"not_measured": source.trained.reasons["quantization"]}
+    model = train.load_trained(source.recipe, source.run, source.chosen, source.trained, source.max_length)
+    found = agreement(adapter, untrained, observe(model, prompts), observe(model, prompts, adapter.answers), "float32")
+    del model
+    free_memory()
+    wanted = ("rms_difference", "largest_difference", "share", "same_likeliest_token", "same_answers", "prompts")
+    return {"quantization": source.trained.quantization, **{name: found[name] for name in wanted}}
+
+
+def tell(about: dict[str, Any], place: Path) -> None:
+    parity = about["parity"]
+    say(
+        f"merged model against adapter, {parity['prompts']} prompts, {parity['positions']} answer tokens: logits differ by "
+        f"{parity['largest_difference']:.2g} at most and {parity['rms_difference']:.2g} on average, "
+        f"{parity['share']:.2%} of what training changed; {parity['same_answers']} of {parity['prompts']} answers are "
+        "the same" + f", {parity['answers_that_part_at_a_tie']} part at a tie" * bool(parity["answers_that_part_at_a_tie"])
+    )
+    if quantised := about.get("on_quantised_base"):
+        if reason := quantised.get("not_measured"):
+            say(f"the adapter on its {about['trained_on']} base was not looked at: {reason}")
+        else:
+            say(
+                f"the adapter on the {quantised['quantization']} base that it was trained on differs from this by "
+                f"{quantised['rms_difference']:.2g} on average, {quantised['share']:.1%} of what training changed; "
+                f"{quantised['same_answers']} of {quantised['prompts']} answers are the same"
+            )
+    size = sum(path.stat().st_size for path in place.parent.glob(f".{place.name}.making/*.safetensors"))
+    say(f"{size / 2**20:,.1f} MiB of weights, tokenizer, chat template and export.json -> {place}")
+    if "NOT" in about["notice"]:
+        say(about["notice"])
+
+
