@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -20,7 +22,9 @@ from recipes.stages import (
     chat,
     evaluate,
     export,
+    gguf_file,
     history,
+    modelfile,
     pace,
     plan,
     plan_data,
@@ -225,6 +229,30 @@ class ExportMerged:
     """Folder of the run; the newest trained one if not given."""
     out: Path | None = None
     """The folder to write; merged/ in the run if not given."""
+
+
+@dataclass(frozen=True)
+class ExportOllama:
+    """The merged model with a Modelfile beside it, for `ollama create`."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The folder to write; ollama/ in the run if not given."""
+
+
+@dataclass(frozen=True)
+class ExportGguf:
+    """The merged model as one GGUF file, by Unsloth's exporter or llama.cpp's converter, and read back."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The file; one in the run's folder if not given."""
+    type: gguf_file.Kind = "auto"
+    """How weights are held; auto is as they are merged."""
+    llama_cpp: Path | None = None
+    """Your checkout of llama.cpp; without it LLAMA_CPP and the search path are looked at."""
 
 
 @dataclass(frozen=True)
@@ -554,6 +582,8 @@ def planned_preset(recipe: Recipe) -> str:
 def export_command(recipe: Recipe, given: list[str]) -> None:
     kinds: dict[str, tuple[Any, Callable[[Recipe, Any], None]]] = {
         "merged": (ExportMerged(), export_merged),
+        "ollama": (ExportOllama(), export_ollama),
+        "gguf": (ExportGguf(), export_gguf),
     }
     command = f"python -m recipes.{recipe.name} export"
     if given and given[0] in ("-h", "--help"):
@@ -571,6 +601,24 @@ def export_merged(recipe: Recipe, args: ExportMerged) -> None:
     source = export.open_source(recipe, args.run)
     with held_back(source.run.logs / "libraries.log"):
         export.merged(source, args.out)
+
+
+def export_ollama(recipe: Recipe, args: ExportOllama) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        folder = export.merged(source, args.out, "ollama", partial(modelfile.write, source))
+    for shortcoming in modelfile.shortcomings(folder):
+        say(shortcoming)
+    missing = "" if shutil.which("ollama") else ", where ollama is installed, which it is not here"
+    say(f"{folder / 'Modelfile'} is written; next{missing}:")
+    for command in modelfile.next_commands(source, folder):
+        say(f"  {command}")
+
+
+def export_gguf(recipe: Recipe, args: ExportGguf) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        gguf_file.write(source, args.out, args.type, args.llama_cpp)
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:

@@ -5,6 +5,7 @@ from. Whether the outcome answers like the adapter is measured on the files, bef
 """
 
 import gc
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from recipes.stages import prepare, train
 from recipes.stages.base_model import Chosen, ensure_files, published_config
 from recipes.stages.classifier import Known
 from recipes.stages.console import say
-from recipes.stages.exported import load_whole, with_phrase
+from recipes.stages.exported import Exported, load_whole, with_phrase
 from recipes.stages.recipe import Message, Recipe, Sampling, UserError
 from recipes.stages.run import (
     Run,
@@ -142,9 +143,14 @@ def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[P
     model = replace(model, network=network)
     network.generation_config = served_with(model, recipe.sampling)
     network.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    model.tokenizer.chat_template = with_phrase(model.tokenizer.chat_template, recipe.stop_phrase)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", with_older_names(config))
+    ours = model.tokenizer.chat_template
+    model.tokenizer.chat_template = with_phrase(ours, recipe.stop_phrase)
     model.tokenizer.save_pretrained(folder)
-    _say_whether_bos_is_added(folder, model)
+    model.tokenizer.chat_template = ours
+    rewrite_tokenizer_config(folder, {"add_bos_token": begins_with_bos(model)})
+    add_sentencepiece(source, folder, ask_hub=False)
     if recipe.closed:
         Known.of(run).write(folder)
     ends = network.generation_config.eos_token_id
@@ -152,6 +158,7 @@ def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[P
         "recipe": recipe.name,
         "base_model": {"name": source.base_name, "size": source.chosen.size, "weights": source.chosen.weights},
         "notice": source.chosen.description.replace(source.chosen.name, source.base_name),
+        "adapter_sha256": adapter_digest(source),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "dtype": dtype,
         "dtype_reason": why,
@@ -172,6 +179,33 @@ def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[P
     about["on_quantised_base"] = _on_quantised(source, prompts, adapter, untrained)
     write_json(folder / "export.json", about)
     return about
+
+
+def merged_before(source: Source) -> Path | None:
+    """merged/ of the run, where it was made from the adapter as it is now."""
+    found = Exported.at(source.run.path / "merged")
+    return found.path if found and found.about.get("adapter_sha256") == adapter_digest(source) else None
+
+
+def adapter_digest(source: Source) -> str:
+    with (source.run.adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_sentencepiece(source: Source, folder: Path, ask_hub: bool) -> None:
+    """Gemma's tokenizer.model, which llama.cpp reads and transformers does not, beside the tokenizer."""
+    if source.chosen.weights == "random" or (folder / "tokenizer.model").is_file():
+        return
+    here = Path(source.chosen.source) / "tokenizer.model"
+    if not here.is_file() and not Path(source.chosen.source).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            here = Path(hf_hub_download(source.chosen.source, "tokenizer.model", local_files_only=not ask_hub))
+        except (OSError, ValueError):
+            return
+    if here.is_file():
+        shutil.copyfile(here, folder / "tokenizer.model")
 
 
 def _device(source: Source) -> str:
@@ -237,16 +271,44 @@ def served_with(model: Any, sampling: Sampling) -> Any:
     return theirs
 
 
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes everything about positions under `rope_parameters`. Ollama and llama.cpp look for the names
+    of before, and take a default where they find none: a model that answers, and wrongly."""
+    told = dict(config)
+    if isinstance(told.get("text_config"), dict):
+        told["text_config"] = with_older_names(told["text_config"])
+    rope = told.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)
+    if not whole:
+        return told
+    older: dict[str, Any] = {"rope_theta": whole.get("rope_theta")}
+    if told.get("model_type") == "gpt_neox":
+        older = {"rotary_emb_base": whole.get("rope_theta"), "rotary_pct": whole.get("partial_rotary_factor")}
+    if "sliding_attention" in rope:
+        older["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    if whole.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
+    return {**{name: value for name, value in older.items() if value is not None}, **told}
+
+
 def begins_with_bos(model: Any) -> bool:
     """Prompts begin with the token that begins a text."""
     prompt = model.renderer.prompt((Message("user", "?"),))
     return bool(prompt[0] == model.tokenizer.bos_token_id)
 
 
-def _say_whether_bos_is_added(folder: Path, model: Any) -> None:
-    """Ollama's and llama.cpp's readers put the token that begins a text before a prompt if this says so."""
-    config = folder / "tokenizer_config.json"
-    write_json(config, {**read_json(config), "add_bos_token": begins_with_bos(model)})
+def rewrite_tokenizer_config(folder: Path, more: dict[str, Any]) -> None:
+    """In words that transformers 4 knows too, with which many a server runs. Ollama and llama.cpp put the token that
+    begins a text before a prompt where `add_bos_token` says so."""
+    path = folder / "tokenizer_config.json"
+    config = {**read_json(path), **more}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only", "backend", "name_or_path"):
+        config.pop(name, None)
+    write_json(path, config)
 
 
 @dataclass(frozen=True)
