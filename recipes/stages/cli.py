@@ -24,6 +24,7 @@ from recipes.stages import (
     export,
     gguf_file,
     history,
+    hub,
     modelfile,
     pace,
     plan,
@@ -253,6 +254,22 @@ class ExportGguf:
     """How weights are held; auto is as they are merged."""
     llama_cpp: Path | None = None
     """Your checkout of llama.cpp; without it LLAMA_CPP and the search path are looked at."""
+
+
+@dataclass(frozen=True)
+class ExportHub:
+    """Upload the adapter with a model card: private, and after showing what goes there and asking."""
+
+    to: str = ""
+    """Name of the repository on the hub, as in you/model; has to be given."""
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    merged: bool = False
+    """The merged model instead of the adapter."""
+    public: bool = False
+    """For everybody to see, where the repository is new."""
+    yes: bool = False
+    """Do not ask."""
 
 
 @dataclass(frozen=True)
@@ -581,20 +598,21 @@ def planned_preset(recipe: Recipe) -> str:
 
 def export_command(recipe: Recipe, given: list[str]) -> None:
     kinds: dict[str, tuple[Any, Callable[[Recipe, Any], None]]] = {
-        "merged": (ExportMerged(), export_merged),
-        "ollama": (ExportOllama(), export_ollama),
-        "gguf": (ExportGguf(), export_gguf),
+        "merged": (ExportMerged, export_merged),
+        "ollama": (ExportOllama, export_ollama),
+        "gguf": (ExportGguf, export_gguf),
+        "hub": (ExportHub, export_hub),
     }
     command = f"python -m recipes.{recipe.name} export"
     if given and given[0] in ("-h", "--help"):
-        for name, (default, _) in kinds.items():
-            say(f"  {command} {name} [--help]\n      {(type(default).__doc__ or '').strip()}")
+        for name, (kind, _) in kinds.items():
+            say(f"  {command} {name} [--help]\n      {(kind.__doc__ or '').strip()}")
         return
     if not given or given[0] not in kinds:
-        what = repr(given[0]) if given else "nothing"
-        raise UserError(f"export: {what} cannot be written; name one of {', '.join(kinds)}, as in {command} merged")
-    default, do = kinds[given[0]]
-    do(recipe, parse(recipe, f"export {given[0]}", type(default), given[1:], default))
+        what = f"{given[0]!r} is not known" if given else "it wants to know what to write"
+        raise UserError(f"export: {what}; name one of {', '.join(kinds)}, as in {command} merged")
+    kind, do = kinds[given[0]]
+    do(recipe, parse(recipe, f"export {given[0]}", kind, given[1:], None))
 
 
 def export_merged(recipe: Recipe, args: ExportMerged) -> None:
@@ -619,6 +637,12 @@ def export_gguf(recipe: Recipe, args: ExportGguf) -> None:
     source = export.open_source(recipe, args.run)
     with held_back(source.run.logs / "libraries.log"):
         gguf_file.write(source, args.out, args.type, args.llama_cpp)
+
+
+def export_hub(recipe: Recipe, args: ExportHub) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        hub.upload(source, args.to, args.public, args.merged, args.yes)
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:

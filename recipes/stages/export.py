@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from fallback.choose import Choice
 from recipes.stages import prepare, train
@@ -30,6 +30,7 @@ from recipes.stages.run import (
     write_json,
 )
 
+Precision = Literal["bfloat16", "float16", "float32"]
 PROMPTS = 8
 """Sample prompts that adapter and merged model are compared on."""
 ANSWER_TOKENS = 32
@@ -77,7 +78,9 @@ def place_for(source: Source, out: Path | None, kind: str) -> Path:
     return place
 
 
-def merged(source: Source, out: Path | None, kind: str = "merged", more: Callable[[Path, Any], None] | None = None) -> Path:
+def merged(
+    source: Source, out: Path | None, kind: str = "merged", more: Callable[[Path, Any], None] | None = None
+) -> Path:
     """Write the merged model; `more` is given the folder and the loaded model before the folder gets its name."""
     place = place_for(source, out, kind)
     dtype, why = stored_dtype(source)
@@ -100,7 +103,7 @@ def system_errors() -> Iterator[None]:
         raise
 
 
-def stored_dtype(source: Source) -> tuple[str, str]:
+def stored_dtype(source: Source) -> tuple[Precision, str]:
     """The precision of the merged weights: that of the base model's files, so that merging loses nothing else."""
     source.trained.module().import_libraries(source.trained)
     ensure_files(source.recipe, source.chosen)
@@ -112,8 +115,8 @@ def stored_dtype(source: Source) -> tuple[str, str]:
         )
     parts = [config, config.get("text_config") or {}]
     named = next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "")
-    if named in _ROUNDING:
-        return named, "as the base model's files are"
+    if named in ("bfloat16", "float16", "float32"):
+        return cast(Precision, named), "as the base model's files are"
     return "bfloat16", "the base model's files do not say theirs"
 
 
@@ -125,7 +128,9 @@ def base_config(source: Source) -> Path:
     )
 
 
-def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[Path, Any], None] | None) -> dict[str, Any]:
+def _write(
+    source: Source, folder: Path, dtype: Precision, why: str, more: Callable[[Path, Any], None] | None
+) -> dict[str, Any]:
     recipe, run = source.recipe, source.run
     choice = replace(source.trained, quantization="none", dtype=dtype, device=_device(source))
     say(f"merging into {dtype} weights ({why}), on the {'GPU' if choice.device == 'cuda' else 'CPU'} …")
@@ -138,7 +143,9 @@ def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[P
         raise UserError(f"{run.adapter}: it changes nothing in {source.base_name}; it belongs to another base model")
     needed = sum(p.numel() * p.element_size() for p in model.network.parameters())
     if (free := shutil.disk_usage(place_beside(folder.parent)).free) < needed:
-        raise UserError(f"{folder.parent}: {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} free; free some space")
+        raise UserError(
+            f"{folder.parent}: {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} free; free some space"
+        )
     network = fold(model.network)
     model = replace(model, network=network)
     network.generation_config = served_with(model, recipe.sampling)
@@ -172,7 +179,9 @@ def _write(source: Source, folder: Path, dtype: str, why: str, more: Callable[[P
     del model, network
     free_memory()
     again = load_whole(recipe, folder, choice, source.max_length)
-    about["parity"] = agreement(adapter, untrained, observe(again, prompts), observe(again, prompts, adapter.answers), dtype)
+    about["parity"] = agreement(
+        adapter, untrained, observe(again, prompts), observe(again, prompts, adapter.answers), dtype
+    )
     del again
     free_memory()
     refuse_other_answers(source, about["parity"])
@@ -208,7 +217,7 @@ def add_sentencepiece(source: Source, folder: Path, ask_hub: bool) -> None:
         shutil.copyfile(here, folder / "tokenizer.model")
 
 
-def _device(source: Source) -> str:
+def _device(source: Source) -> Literal["cuda", "cpu"]:
     """The GPU where the model fits at 16 bits, with room to answer; else the memory of the machine."""
     if source.trained.device == "cpu":
         return "cpu"
@@ -331,9 +340,7 @@ def observe(model: Any, prompts: Sequence[list[int]], answers: list[list[int]] |
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=device)
             if answers is None:
-                made = model.network.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how
-                )
+                made = model.network.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
                 found.append(made[0, len(prompt) :].tolist())
             answer = found[-1] if answers is None else answers[number]
             whole = torch.tensor([prompt + answer], device=device)
@@ -411,10 +418,12 @@ def _on_quantised(source: Source, prompts: list[list[int]], adapter: Seen, untra
 def tell(about: dict[str, Any], place: Path) -> None:
     parity = about["parity"]
     say(
-        f"merged model against adapter, {parity['prompts']} prompts, {parity['positions']} answer tokens: logits differ by "
-        f"{parity['largest_difference']:.2g} at most and {parity['rms_difference']:.2g} on average, "
+        f"merged model against adapter, {parity['prompts']} prompts, {parity['positions']} answer tokens: logits "
+        f"differ by {parity['largest_difference']:.2g} at most and {parity['rms_difference']:.2g} on average, "
         f"{parity['share']:.2%} of what training changed; {parity['same_answers']} of {parity['prompts']} answers are "
-        "the same" + f", {parity['answers_that_part_at_a_tie']} part at a tie" * bool(parity["answers_that_part_at_a_tie"])
+        "the same"
+        + f", {parity['answers_that_part_at_a_tie']} part at a tie"
+        * bool(parity["answers_that_part_at_a_tie"])
     )
     if quantised := about.get("on_quantised_base"):
         if reason := quantised.get("not_measured"):
@@ -429,5 +438,3 @@ def tell(about: dict[str, Any], place: Path) -> None:
     say(f"{size / 2**20:,.1f} MiB of weights, tokenizer, chat template and export.json -> {place}")
     if "NOT" in about["notice"]:
         say(about["notice"])
-
-

@@ -1,4 +1,4 @@
-"""A model that `export merged` wrote: whole in itself, so that it answers without its run and without its base model."""
+"""A model that `export merged` wrote: whole in itself, it answers without its run and without its base model."""
 
 import sys
 from dataclasses import dataclass
@@ -79,4 +79,3 @@ def with_phrase(template: str, phrase: str | None) -> str:
 
 def without_phrase(template: str, phrase: str | None) -> str:
     return template if phrase is None else template.removeprefix(_phrase_adder(phrase))
-

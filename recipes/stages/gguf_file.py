@@ -133,7 +133,11 @@ def _by_unsloth(folder: Path, out: Path, kind: Kind, dtype: str, llama_cpp: Path
 def _by_converter(source: Source, folder: Path, out: Path, kind: Kind, command: list[str]) -> str | None:
     words = [str(folder.resolve()), "--outfile", str(out.resolve()), "--outtype", kind]
     complaint = _run([*command, *words], dict(os.environ), None)
-    if complaint and ("pre-tokenizer" in complaint or "tokenizer.model" in complaint) and source.chosen.weights == "random":
+    if (
+        complaint
+        and ("pre-tokenizer" in complaint or "tokenizer.model" in complaint)
+        and source.chosen.weights == "random"
+    ):
         return "it knows published tokenizers alone, and a random model's was made here: only real models convert"
     if complaint and "rotary_pct" in complaint:
         return (
@@ -175,7 +179,11 @@ def check(path: Path, folder: Path) -> dict[str, Any]:
         token = found.get(f"tokenizer.ggml.{key}_token_id")
         if key == "eos" or token is not None:
             expected[f"{key} token"] = (token in ends, True)
-    wrong = [f"{what} is {str(is_)[:60]!r} and not {str(should)[:60]!r}" for what, (is_, should) in expected.items() if is_ != should]
+    wrong = [
+        f"{what} is {str(is_)[:60]!r} and not {str(should)[:60]!r}"
+        for what, (is_, should) in expected.items()
+        if is_ != should
+    ]
     if wrong:
         raise UserError(f"the GGUF file that was written is not this model: {'; '.join(wrong)}; it was not kept")
     return {
@@ -226,8 +234,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
     if kind == _LIST:
         inner, count = struct.unpack("<IQ", _exactly(file, 12))
         if inner in _NUMBERS:
-            return list(struct.unpack(f"<{count}{_NUMBERS[inner]}", _exactly(file, count * struct.calcsize(_NUMBERS[inner]))))
+            return list(
+                struct.unpack(f"<{count}{_NUMBERS[inner]}", _exactly(file, count * struct.calcsize(_NUMBERS[inner])))
+            )
         return [_value(file, inner) for _ in range(count)]
     return struct.unpack(f"<{_NUMBERS[kind]}", _exactly(file, struct.calcsize(f"<{_NUMBERS[kind]}")))[0]
-
-

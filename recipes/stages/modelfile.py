@@ -48,7 +48,9 @@ def turns(renderer: Renderer, bos: str) -> Turns:
     for roles in (("user", "assistant") * 3 + ("user",), ("system", *("user", "assistant") * 2, "user")):
         words = [Message(role, f"<{i}>") for i, role in enumerate(roles)]  # type: ignore[arg-type]
         if (roles[0] == "user" or knows_system(renderer)) and spoken(found, words) != renderer.text(words, True):
-            raise UserError(f"this chat template writes {' '.join(roles)} in a way that a Modelfile cannot say; use vLLM")
+            raise UserError(
+                f"this chat template writes {' '.join(roles)} in a way that a Modelfile cannot say; use vLLM"
+            )
     return found._replace(user=user.removeprefix(bos), system=system.removeprefix(bos))
 
 
