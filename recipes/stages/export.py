@@ -157,7 +157,7 @@ def _write(
     model.tokenizer.save_pretrained(folder)
     model.tokenizer.chat_template = ours
     rewrite_tokenizer_config(folder, {"add_bos_token": begins_with_bos(model)})
-    add_sentencepiece(source, folder, ask_hub=False)
+    add_unread_files(source, folder)
     if recipe.closed:
         Known.of(run).write(folder)
     ends = network.generation_config.eos_token_id
@@ -201,20 +201,25 @@ def adapter_digest(source: Source) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def add_sentencepiece(source: Source, folder: Path, ask_hub: bool) -> None:
-    """Gemma's tokenizer.model, which llama.cpp reads and transformers does not, beside the tokenizer."""
-    if source.chosen.weights == "random" or (folder / "tokenizer.model").is_file():
-        return
-    here = Path(source.chosen.source) / "tokenizer.model"
-    if not here.is_file() and not Path(source.chosen.source).is_dir():
-        from huggingface_hub import hf_hub_download
+_UNREAD = ("tokenizer.model", "preprocessor_config.json", "processor_config.json")
 
-        try:
-            here = Path(hf_hub_download(source.chosen.source, "tokenizer.model", local_files_only=not ask_hub))
-        except (OSError, ValueError):
-            return
-    if here.is_file():
-        shutil.copyfile(here, folder / "tokenizer.model")
+
+def add_unread_files(source: Source, folder: Path) -> None:
+    """Small files of the base model that training on text does not read, and that others do: llama.cpp and Ollama want
+    Gemma's tokenizer.model, and vLLM what a model with a vision tower does to pictures."""
+    if source.chosen.weights == "random":
+        return
+    for name in _UNREAD:
+        here = Path(source.chosen.source) / name
+        if not Path(source.chosen.source).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            try:
+                here = Path(hf_hub_download(source.chosen.source, name))
+            except (OSError, ValueError):
+                continue
+        if here.is_file():
+            shutil.copyfile(here, folder / name)
 
 
 def _device(source: Source) -> Literal["cuda", "cpu"]:

@@ -48,7 +48,6 @@ def write(source: Source, out: Path | None, kind: Kind, llama_cpp: Path | None) 
     if isinstance(command, str) and obstacle:
         raise UserError(f"no GGUF file can be written here. Unsloth's exporter: {obstacle}; llama.cpp's: {command}")
     folder = export.merged_before(source) or export.merged(source, None)
-    export.add_sentencepiece(source, folder, ask_hub=True)
     with export.system_errors(), replacing(place) as beside:
         by = _convert(source, folder, beside, kind, llama_cpp, command, obstacle)
         found = check(beside, folder)

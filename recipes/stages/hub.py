@@ -18,7 +18,8 @@ from recipes.stages.run import read_json, write_json, write_whole
 _BELONGS = (
     "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "classes.json", "config.json",
     "export.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.stages.export import Source, add_sentencepiece, begins_with_bos
+from recipes.stages.export import Source, begins_with_bos
 from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.run import read_json, write_whole
@@ -140,7 +140,6 @@ def quoted(text: str) -> str:
 
 def write(source: Source, folder: Path, model: Any) -> None:
     """Beside the merged weights, before the folder gets its name."""
-    add_sentencepiece(source, folder, ask_hub=True)
     config = read_json(folder / "config.json")
     origin = "." if set(config.get("architectures", ())) <= IMPORTS else f"./{gguf_name(source)}"
     write_whole(folder / "Modelfile", modelfile(source, model, origin, config))
