@@ -83,8 +83,8 @@ def merged(
 ) -> Path:
     """Write the merged model; `more` is given the folder and the loaded model before the folder gets its name."""
     place = place_for(source, out, kind)
-    dtype, why = stored_dtype(source)
     with system_errors(), replacing_folder(place) as beside:
+        dtype, why = stored_dtype(source)
         about = _write(source, beside, dtype, why, more)
         tell(about, place)
     return place
