@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import RECIPES, ROOT, recipe
 from safetensors.torch import load_file
-from test_disk import on_a_disk, one_line
+from test_disk import on_a_disk
 
 from fallback.choose import choose
 from recipes.stages import export, gguf_file, modelfile
@@ -116,6 +116,7 @@ def test_the_outcome_is_measured_and_told(merged: Path) -> None:
     parity, quantised = about["parity"], about["on_quantised_base"]
     assert (about["dtype"], about["trained_on"], quantised["quantization"]) == ("bfloat16", "4bit", "4bit")
     assert parity["same_answers"] + parity["answers_that_part_at_a_tie"] == parity["prompts"] >= 6
+    assert 0.5 < parity["half_digits_off"] < 1.2
     assert 0 < parity["rms_difference"] < 0.1 * parity["rms_of_what_training_changed"]
     # What 4 bits took away is more than what rounding does, and is a number here and no failure.
     assert quantised["rms_difference"] > 3 * parity["rms_difference"]
@@ -170,7 +171,7 @@ def test_another_answer_is_refused_and_nothing_is_kept(
 
     monkeypatch.setattr(export, "fold", twice)
     said = refused(capsys, CIVIL, "export", "merged", "--run", str(civil), "--out", str(civil / "wrong"))
-    assert "does not answer like the adapter" in said
+    assert "is not the adapter on its base model: its weights are off by" in said
     assert "nothing was kept" in said
     assert not (civil / "wrong").exists()
     assert not list(civil.glob(".wrong*"))
@@ -187,7 +188,7 @@ def test_what_agrees_and_what_does_not() -> None:
     assert (same["share"], same["same_answers"], same["same_likeliest_token"]) == (0, 1, 1)
     none = export.agreement(adapter, untrained, untrained, untrained, "float32")
     assert none["share"] == pytest.approx(1)
-    assert none["share"] > none["share_allowed"]
+    assert none["rms_difference"] > none["rms_allowed"]
     near = seen([[0, 0]], [[[2.0, 0.0, -1.0], [0.6, 0.5, -1.0]]])
     told = export.agreement(adapter, untrained, near, near, "bfloat16")
     assert (told["same_answers"], told["answers_that_part_at_a_tie"]) == (0, 1)
@@ -274,7 +275,7 @@ def test_a_merged_classifier_scores_as_the_adapter_does(payments: Path, folder: 
         other = model.predict_batch(texts, return_confidence=True)
         assert [code for code, _ in one] == [code for code, _ in other]
         assert [p for _, p in one] == pytest.approx([p for _, p in other], abs=1e-4)
-        assert len({round(p, 3) for _, p in one}) > 10
+        assert len({round(p, 3) for _, p in one}) > 3
         assert adapter._loaded[1] == model._loaded[1]
     assert model._loaded[1].temperature != 1.0
     assert set(moved.iterdir()) == before
@@ -489,3 +490,409 @@ def test_the_template_handed_on_puts_the_stop_phrase_behind_earlier_answers(
             chat_template=theirs, tokenize=False, add_generation_prompt=True,
         )  # fmt: skip
         assert text == model.renderer.text(messages, True)
+
+
+# GGUF.
+
+
+def gguf_bytes(pairs: dict[str, Any], tensors: int = 1) -> bytes:
+    """A file as the format's description has it, version 3: numbers, booleans, texts and lists of texts."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    out = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(pairs))
+    for key, value in pairs.items():
+        out += text(key)
+        if isinstance(value, bool):
+            out += struct.pack("<I?", 7, value)
+        elif isinstance(value, int):
+            out += struct.pack("<II", 4, value)
+        elif isinstance(value, str):
+            out += struct.pack("<I", 8) + text(value)
+        else:
+            out += struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+    for i in range(tensors):
+        out += text(f"t{i}") + struct.pack("<IQIQ", 1, 8, 0, 32 * i)
+    return out + b"\0" * (-len(out) % 32) + b"\0" * 32 * tensors
+
+
+def pairs_of(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "general.architecture": "llama",
+        "llama.block_count": config["num_hidden_layers"],
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(config["vocab_size"])],
+        "tokenizer.ggml.eos_token_id": config["eos_token_id"][0],
+        "tokenizer.ggml.eot_token_id": config["eos_token_id"][-1],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8"),
+    }
+
+
+def test_a_gguf_file_is_read_back(merged: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(merged)
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(pairs))
+    assert gguf_file.metadata(tmp_path / "a.gguf") == pairs
+    assert gguf_file.check(tmp_path / "a.gguf", merged)["blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("general.architecture", "gemma3", "architecture is 'gemma3' and not 'llama'"),
+        ("llama.block_count", 3, "blocks is '3' and not '2'"),
+        ("tokenizer.ggml.tokens", ["a"], "vocabulary is '1'"),
+        ("tokenizer.ggml.eos_token_id", 5, "eos token"),
+        ("tokenizer.ggml.eot_token_id", 5, "eot token"),
+        ("tokenizer.ggml.add_bos_token", False, "token that begins a text is 'False'"),
+        ("tokenizer.chat_template", "{{ messages }}", "chat template"),
+    ],
+)
+def test_a_gguf_file_of_another_model_is_refused(key: str, value: Any, said: str, merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes({**pairs_of(merged), key: value}))
+    with pytest.raises(UserError, match="is not this model: ") as error:
+        gguf_file.check(tmp_path / "a.gguf", merged)
+    assert said in str(error.value)
+
+
+def test_a_gguf_file_that_is_torn_is_refused(merged: Path, tmp_path: Path) -> None:
+    whole = gguf_bytes(pairs_of(merged))
+    for data in (b"", b"PK\3\4", whole[:100], whole[:-33], gguf_bytes(pairs_of(merged), tensors=0)):
+        (tmp_path / "a.gguf").write_bytes(data)
+        with pytest.raises(UserError, match="cannot be read back"):
+            gguf_file.check(tmp_path / "a.gguf", merged)
+
+
+def test_what_other_peoples_writer_makes_is_read(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: only files of this test were read")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_chat_template("{{ 말 }}")
+    writer.add_token_list([b"a", b"b"])
+    writer.add_token_scores([0.5, 1.5])
+    writer.add_tensor("t", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = gguf_file.metadata(tmp_path / "a.gguf")
+    assert found["llama.block_count"] == 2
+    assert found["tokenizer.chat_template"] == "{{ 말 }}"
+    assert found["tokenizer.ggml.scores"] == [0.5, 1.5]
+
+
+def converter_that(folder: Path, does: str) -> Path:
+    """A checkout of llama.cpp, as far as it is looked at."""
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(f"import pathlib, sys\nout = pathlib.Path(sys.argv[3])\n{does}\n")
+    return folder
+
+
+def test_export_gguf_by_a_converter_of_the_users(
+    civil: Path, merged: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.bin").write_bytes(gguf_bytes(pairs_of(merged)))
+    (tmp_path / "bad.bin").write_bytes(gguf_bytes({**pairs_of(merged), "tokenizer.ggml.eos_token_id": 5}))
+    copy = "out.write_bytes(pathlib.Path({!r}).read_bytes())"
+    good = converter_that(tmp_path / "good", copy.format(str(tmp_path / "good.bin")))
+    bad = converter_that(tmp_path / "bad", copy.format(str(tmp_path / "bad.bin")))
+    torn = converter_that(tmp_path / "torn", "sys.exit('first\\nValueError: no such model')")
+    given = ["export", "gguf", "--run", str(civil), "--out", str(tmp_path / "m.gguf")]
+    assert "is not this model: eos token" in refused(capfd, CIVIL, *given, "--llama-cpp", str(bad))
+    said = refused(capfd, CIVIL, *given, "--llama-cpp", str(torn))
+    assert "Unsloth's exporter: its llama.cpp is not built: there is no llama-quantize" in said
+    assert "llama.cpp's converter: ValueError: no such model (exit code 1). The merged model is in" in said
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".m", "m.gguf"))]
+    run_command(CIVIL, [*given, "--llama-cpp", str(good)])
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "good.bin").read_bytes()
+    printed = capfd.readouterr().out
+    assert "not by Unsloth's exporter" in printed
+    assert "written by llama.cpp's converter; read back: llama, 2 blocks, 2,059 tokens" in printed
+    # The model was merged before, from this adapter, and is not merged again.
+    assert "merging" not in printed
+
+
+def test_without_any_exporter_there_is_a_reason(
+    civil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("LLAMA_CPP", "UNSLOTH_LLAMA_CPP_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    said = refused(capsys, CIVIL, "export", "gguf", "--run", str(civil))
+    assert "Unsloth's exporter: its llama.cpp is not built" in said
+    assert "no convert_hf_to_gguf.py here; name your checkout of llama.cpp with --llama-cpp DIR or LLAMA_CPP" in said
+    said = refused(capsys, CIVIL, "export", "gguf", "--run", str(civil), "--llama-cpp", str(tmp_path))
+    assert f"--llama-cpp {tmp_path}: there is no convert_hf_to_gguf.py" in said
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
+    assert "LLAMA_CPP=" in refused(capsys, CIVIL, "export", "gguf", "--run", str(civil))
+    assert "no file can be there" in refused(
+        capsys, CIVIL, "export", "gguf", "--run", str(civil), "--out", str(tmp_path)
+    )
+    (tmp_path / "convert-hf-to-gguf").write_text("#!/bin/sh\n")
+    (tmp_path / "convert-hf-to-gguf").chmod(0o755)
+    monkeypatch.delenv("LLAMA_CPP")
+    assert gguf_file.converter(None) == [str(tmp_path / "convert-hf-to-gguf")]
+    assert gguf_file.unsloth_obstacle("float32", None) == "it converts 16-bit weights, and these are float32"
+
+
+# The hub.
+
+
+@dataclass
+class Hub:
+    """As much of the hub as an upload asks for, on this machine."""
+
+    address: str = ""
+    fails: dict[str, Any] = field(default_factory=dict)
+    """Beginning of an endpoint's name -> status, or "drop" for a connection that breaks."""
+    private: bool | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    tokens: set[str] = field(default_factory=set)
+
+    def answer(self, path: str, body: bytes) -> Any:
+        if path == "/api/repos/create":
+            exists, asked = self.private is not None, json.loads(body)
+            if not exists:
+                self.private = asked.get("private", asked.get("visibility") == "private")
+            return (409 if exists else 200, {"url": f"{self.address}/me/model"})
+        if path == "/api/models/me/model":
+            return (
+                (404, {"error": "there is none"})
+                if self.private is None
+                else {"id": "me/model", "private": self.private, "siblings": [], "tags": [], "sha": "0" * 40}
+            )
+        if "/preupload/" in path:
+            mode = {True: "lfs", False: "regular"}
+            named = [file["path"] for file in json.loads(body)["files"]]
+            return {
+                "files": [
+                    {"path": name, "uploadMode": mode[name.endswith("safetensors")], "shouldIgnore": False}
+                    for name in named
+                ]
+            }
+        if path.endswith("/objects/batch"):
+            upload = {
+                one["oid"]: {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}
+                for one in json.loads(body)["objects"]
+            }
+            return {"objects": [{**one, "actions": upload[one["oid"]]} for one in json.loads(body)["objects"]]}
+        if path.startswith("/lfs/"):
+            self.blobs[path.removeprefix("/lfs/")] = body
+            return {}
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[value["path"]] = self.blobs[value["oid"]]
+            return {"commitUrl": f"{self.address}/me/model/commit/1", "commitOid": "1" * 40}
+        if "/tree/" in path:
+            return [
+                {"type": "file", "path": name, "size": len(data), "oid": "2" * 40} for name, data in self.files.items()
+            ]
+        return {}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    state = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def respond(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.path.partition("?")[0]
+            state.calls.append(f"{self.command} {path}")
+            state.tokens.add(self.headers.get("Authorization", ""))
+            fault = next((what for part, what in state.fails.items() if part in path), None)
+            if fault == "drop":
+                self.close_connection = True
+                return
+            answer = (fault, {"error": "as this test wants it"}) if fault else state.answer(path, body)
+            status, told = answer if isinstance(answer, tuple) else (200, answer)
+            data = json.dumps(told).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = do_HEAD = respond
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that goes away is what some tests are about."""
+            state.calls.append(f"broken: {sys.exc_info()[1]!r}")
+
+    server = Server(("127.0.0.1", 0), Handler)
+    state.address = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def at_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """For commands in this process, in which the library has read its addresses already."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def test_an_adapter_goes_to_the_hub_as_it_was_shown(civil: Path, hub: Hub, tmp_path: Path) -> None:
+    """The real command, in a home of its own."""
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "recipes.llama_1b_civil", "export", "hub", "--run", str(civil), "--to", "me/model"]
+    done = subprocess.run([*command, "--yes"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = set(re.findall(r"^ +[\d,]+ bytes  (\S+)$", done.stdout, re.M))
+    assert shown == set(hub.files) > {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert "to me/model, private:" in done.stdout
+    assert f"uploaded {len(shown)} files: {hub.address}/me/model" in done.stdout
+    assert hub.private is True
+    assert hub.files["adapter_model.safetensors"] == (civil / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert hub.tokens == {f"Bearer {TOKEN}", ""}
+    # Neither of this machine nor of its user: the base model lies in a folder here.
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "published"
+    for name, data in hub.files.items():
+        for secret in (TOKEN, str(civil.parent), str(tmp_path), str(Path.home())):
+            assert secret.encode() not in data, name
+    assert hashlib.sha256(hub.files["adapter_model.safetensors"]).hexdigest() in hub.blobs
+
+
+def test_merged_weights_go_there_too(payments: Path, folder: Path, at_hub: Hub) -> None:
+    shutil.copytree(folder / "codes", payments / "merged", dirs_exist_ok=True)
+    run_command(
+        OPERCODE, ["export", "hub", "--run", str(payments), "--to", "me/model", "--merged", "--public", "--yes"]
+    )
+    assert at_hub.private is False
+    wanted = {"model.safetensors", "config.json", "classes.json", "export.json", "generation_config.json"}
+    assert wanted <= set(at_hub.files)
+    card = at_hub.files["README.md"].decode()
+    assert "**This is not the real model.**" in card
+    assert "tags: [random-weights, not-for-use]" in card
+    assert "license:" not in card.partition("# ")[0]
+    assert "greedy answers of 8 are the same" in card
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "said"),
+    [
+        ("/repos/create", 401, "the hub does not take this access token (401)"),
+        ("/repos/create", 403, "may not write there (403)"),
+        ("/repos/create", "drop", "nothing was uploaded"),
+        ("/lfs/", 400, "the upload broke off"),
+        ("/commit/", 500, "the upload broke off: status 500"),
+        ("/commit/", "drop", "the upload broke off"),
+    ],
+)
+def test_an_upload_that_fails_is_one_line(
+    where: str, what: Any, said: str, civil: Path, at_hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_hub.fails = {where: what} if what != 401 else {"": 401}
+    line = refused(capsys, CIVIL, "export", "hub", "--run", str(civil), "--to", "me/model", "--yes")
+    assert said in line
+    assert "me/model" in line
+    assert TOKEN not in line
+    assert not at_hub.files
+
+
+def test_a_hub_that_lost_a_file_is_noticed(civil: Path, at_hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    real = at_hub.answer
+    at_hub.answer = lambda path, body: [] if "/tree/" in path else real(path, body)  # type: ignore[method-assign]
+    line = refused(capsys, CIVIL, "export", "hub", "--run", str(civil), "--to", "me/model", "--yes")
+    assert "the hub does not have README.md, adapter_config.json" in line
+
+
+def test_nothing_goes_anywhere_unless_somebody_agrees(
+    civil: Path, at_hub: Hub, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["export", "hub", "--run", str(civil), "--to", "me/model"]
+    assert "there is no terminal to ask at; give --yes" in refused(capfd, CIVIL, *given)
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self) -> str:
+            return self.line
+
+        line = "\n"
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", terminal)
+    run_command(CIVIL, given)
+    assert "upload? [y/N] nothing was uploaded" in capfd.readouterr().out
+    assert not at_hub.calls
+    terminal.line = "y\n"
+    run_command(CIVIL, given)
+    assert "README.md" in at_hub.files
+
+
+def test_what_is_public_already_gets_nothing_that_should_be_private(
+    civil: Path, at_hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["export", "hub", "--run", str(civil), "--yes"]
+    at_hub.private = False
+    assert "it exists already and is public" in refused(capsys, CIVIL, *given, "--to", "me/model")
+    assert not at_hub.files
+    assert "say where to" in refused(capsys, CIVIL, *given)
+    assert "--to a/b/c: " in refused(capsys, CIVIL, *given, "--to", "a/b/c")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "hf auth login" in refused(capsys, CIVIL, *given, "--to", "me/model")
+
+
+def test_the_card_tells_what_the_run_tells(civil: Path) -> None:
+    from recipes.stages.model_card import card
+
+    source = export.open_source(CIVIL, civil)
+    text = card(source, "me/model", None)
+    data = json.loads((civil / "data" / "metadata.json").read_text())
+    metrics = json.loads((civil / "metrics.json").read_text())["train"]
+    machine = json.loads((civil / "environment.json").read_text())
+    for wanted in (
+        f"{data['rows']} rows from the recipe's own sample", "train 48", "| learning_rate | 0.01 |",
+        "| quantization | 4bit |",
+        f"| final loss | {metrics['final_loss']:.4g} |", machine["processor"], f"torch {machine['versions']['torch']}",
+        "Ask as it was trained to be asked", "당신은 한국 민법을", "vllm serve", "library_name: peft",
+        "법률 자문이 아닙니다",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    # Another base model than the recipe's: its licence is not known here.
+    assert "its licence is on its own page" in text
+    assert "llama3.2" not in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_base_models_licence_is_named_and_linked(name: str, civil: Path) -> None:
+    from recipes.stages.model_card import card
+
+    chosen = settle(recipe(name), "full")
+    source = export.Source(recipe(name), Run(civil), chosen, choose("llama", "peft"), "none", 512)
+    text = card(source, "me/model", None)
+    licence, terms = recipe(name).base.licence, recipe(name).base.terms
+    assert f"license: {licence}\n" in text
+    assert f"base_model: {recipe(name).base.hub_id}\n" in text
+    assert f"[{licence}]({terms})" in text
+    for phrase in recipe(name).stop:
+        assert f'"stop": ["{phrase}"]' in text
+    if licence == "gemma":
+        assert "Gemma is provided under and subject to the Gemma Terms of Use" in text

@@ -210,7 +210,9 @@ def metadata(path: Path) -> dict[str, Any]:
             (dimensions,) = struct.unpack("<I", _exactly(file, 4))
             *_, offset = struct.unpack(f"<{dimensions}QIQ", _exactly(file, 8 * dimensions + 12))
             last = max(last, offset)
-        if not tensors or path.stat().st_size <= file.tell() + last:
+        step = found.get("general.alignment", 32)
+        begin = -(-file.tell() // step) * step
+        if not tensors or path.stat().st_size <= begin + last:
             raise ValueError("it ends before its tensors do")
     return found
 
