@@ -896,3 +896,30 @@ def test_every_base_models_licence_is_named_and_linked(name: str, civil: Path) -
         assert f'"stop": ["{phrase}"]' in text
     if licence == "gemma":
         assert "Gemma is provided under and subject to the Gemma Terms of Use" in text
+
+
+def test_the_client_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"role": "assistant", "content": "산책 가자 (답변 종료)"}
+            data = json.dumps({"choices": [{"message": message}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    [code] = re.findall(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        exec(code.replace("localhost:8000", f"127.0.0.1:{server.server_address[1]}"), {})
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert capsys.readouterr().out == "산책 가자\n"
+    assert asked[0]["stop"] == [PERSONA.stop_phrase]
