@@ -86,7 +86,9 @@ def _usage(source: Source, repo: str, about: dict[str, Any] | None) -> str:
     stops = list(recipe.stop)
     asked = [{"role": message.role, "content": message.content} for message in recipe.ask("…")]
     said = "\n".join(f"- {message['role']}: `{message['content']}`".replace("\n", " ⏎ ") for message in asked)
-    vllm = f"vllm serve {repo}" if about else f"vllm serve {source.base_name} --enable-lora --lora-modules mine={repo}"
+    rank = read_json(source.run.config)["settings"]["lora_rank"]
+    lora = f"--enable-lora --max-lora-rank {max(8, rank)} --lora-modules mine={repo}"
+    vllm = f"vllm serve {repo}" if about else f"vllm serve {source.base_name} {lora}"
     parts = [f"Ask as it was trained to be asked, `…` being the question:\n\n{said}"]
     if stops:
         parts.append(
