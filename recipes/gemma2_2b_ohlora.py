@@ -17,7 +17,9 @@ from recipes.stages.recipe import BaseModel, Recipe, Sampling, Settings, Split
 RECIPE = Recipe(
     name="gemma2_2b_ohlora",
     title="Oh-LoRA persona on Gemma 2",
-    base=BaseModel("google/gemma-2-2b-it", "gemma-2-2b-it", chat_template="gemma"),
+    base=BaseModel(
+        "google/gemma-2-2b-it", "gemma-2-2b-it", "gemma", licence="gemma", terms="https://ai.google.dev/gemma/terms"
+    ),
     settings=Settings(
         epochs=3,
         learning_rate=2e-4,

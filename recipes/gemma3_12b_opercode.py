@@ -36,7 +36,9 @@ def sample(path: Path, rows: int = 2600, classes: int = 12, seed: int = 0) -> No
 RECIPE = Recipe(
     name="gemma3_12b_opercode",
     title="bank payments -> operation codes",
-    base=BaseModel("google/gemma-3-12b-it", "gemma-3-12b-it", chat_template="gemma3"),
+    base=BaseModel(
+        "google/gemma-3-12b-it", "gemma-3-12b-it", "gemma3", licence="gemma", terms="https://ai.google.dev/gemma/terms"
+    ),
     settings=Settings(
         epochs=3,
         learning_rate=2e-4,

@@ -84,7 +84,9 @@ def ask(text: str) -> tuple[Message, ...]:
 RECIPE = Recipe(
     name="gemma3_1b_counsel",
     title="Korean career counsellor",
-    base=BaseModel("google/gemma-3-1b-it", "gemma-3-1b-it", chat_template="gemma3"),
+    base=BaseModel(
+        "google/gemma-3-1b-it", "gemma-3-1b-it", "gemma3", licence="gemma", terms="https://ai.google.dev/gemma/terms"
+    ),
     settings=Settings(
         epochs=10,
         learning_rate=2e-4,

@@ -116,7 +116,9 @@ def ask(question: str, category: str = "") -> tuple[Message, ...]:
 RECIPE = Recipe(
     name="llama_1b_civil",
     title="Korean civil-law questions",
-    base=BaseModel("meta-llama/Llama-3.2-1B", "llama-3.2-1b"),
+    base=BaseModel(
+        "meta-llama/Llama-3.2-1B", "llama-3.2-1b", licence="llama3.2", terms="https://www.llama.com/llama3_2/license"
+    ),
     plain_template=PLAIN,
     settings=Settings(
         epochs=4,

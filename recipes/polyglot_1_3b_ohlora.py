@@ -24,7 +24,12 @@ PLAIN = (
 RECIPE = Recipe(
     name="polyglot_1_3b_ohlora",
     title="Oh-LoRA persona on GPT-NeoX",
-    base=BaseModel("EleutherAI/polyglot-ko-1.3b", "polyglot-ko-1.3b"),
+    base=BaseModel(
+        "EleutherAI/polyglot-ko-1.3b",
+        "polyglot-ko-1.3b",
+        licence="apache-2.0",
+        terms="https://www.apache.org/licenses/LICENSE-2.0",
+    ),
     plain_template=PLAIN,
     settings=Settings(
         epochs=60,

@@ -56,3 +56,21 @@ def test_text_trains_and_the_tower_does_not(backend: str, checkpoint: Path, tmp_
         names = list(adapter.keys())
     assert any("language_model" in name for name in names)
     assert not any("vision" in name for name in names)
+    if backend != "peft":
+        return
+    merged = subprocess.run(
+        [
+            sys.executable, "-m", "recipes.gemma3_12b_opercode", "export", "merged", "--run", str(tmp_path / "run"),
+            "--out", str(tmp_path / "model"),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    with (
+        safe_open(checkpoint / "model.safetensors", "pt") as before,
+        safe_open(tmp_path / "model" / "model.safetensors", "pt") as after,
+    ):
+        assert set(before.keys()) == set(after.keys())
+        tower = [name for name in before.keys() if "vision" in name]  # noqa: SIM118
+        assert tower
+        assert all(before.get_tensor(name).equal(after.get_tensor(name)) for name in tower)

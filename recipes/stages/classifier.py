@@ -1,5 +1,6 @@
 """A trained run whose answer is one of a closed set, ready to be asked: for Python programs and for our stages."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from fallback.choose import Backend
 from recipes.stages.console import held_back
+from recipes.stages.exported import Exported
 from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.run import Run, read_json, write_json
 
@@ -54,7 +56,11 @@ class Known:
 
     @classmethod
     def of(cls, run: Run) -> "Known":
-        stored = read_json(run.adapter / "classes.json")
+        return cls.at(run.adapter)
+
+    @classmethod
+    def at(cls, folder: Path) -> "Known":
+        stored = read_json(folder / "classes.json")
         return cls(stored["train_rows"], stored["temperature"])
 
 
@@ -64,7 +70,7 @@ class Classifier:
 
     recipe: Recipe
     run: str | Path | None = None
-    """A trained run; the recipe's newest if not named."""
+    """A trained run, or a model that export wrote; the recipe's newest run if not named."""
     backend: Backend = "auto"
     scoring: Scoring = DEFAULT
     _loaded: Any = field(default=None, init=False, repr=False)
@@ -116,9 +122,11 @@ class Classifier:
 
     def use(self, model: Any, run: Run, max_length: int) -> "Classifier":
         """Take a model that is loaded already."""
+        return self._take(model, Known.of(run), max_length)
+
+    def _take(self, model: Any, known: Known, max_length: int) -> "Classifier":
         from recipes.stages.scoring import Codes
 
-        known = Known.of(run)
         self._loaded = model, known, Codes(model.renderer, known.train_rows), max_length
         return self
 
@@ -127,6 +135,10 @@ class Classifier:
             from recipes.stages import train
 
             path = Path(self.run) if self.run is not None else None
+            if model := Exported.at(path):
+                with tempfile.TemporaryDirectory() as logs, held_back(Path(logs) / "libraries.log"):
+                    self._take(model.load(self.recipe, self.backend), Known.at(model.path), model.max_length)
+                return self._loaded
             run, chosen, choice, max_length = train.open_run(self.recipe, path, self.backend)
             with held_back(run.logs / "libraries.log"):
                 self.use(train.load_trained(self.recipe, run, chosen, choice, max_length), run, max_length)

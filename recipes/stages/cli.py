@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -19,7 +21,11 @@ from fallback.torch_build import usable_gpu
 from recipes.stages import (
     chat,
     evaluate,
+    export,
+    gguf_file,
     history,
+    hub,
+    modelfile,
     pace,
     plan,
     plan_data,
@@ -212,6 +218,61 @@ class Chat(Generic[Remembering]):
 
 
 @dataclass(frozen=True)
+class Export:
+    """Hand the model on: merged weights, an Ollama model, a GGUF file, or a place on the hub."""
+
+
+@dataclass(frozen=True)
+class ExportMerged:
+    """Fold the adapter into the base weights at 16 bits, and check that the outcome answers like the adapter."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The folder to write; merged/ in the run if not given."""
+
+
+@dataclass(frozen=True)
+class ExportOllama:
+    """The merged model with a Modelfile beside it, for `ollama create`."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The folder to write; ollama/ in the run if not given."""
+
+
+@dataclass(frozen=True)
+class ExportGguf:
+    """The merged model as one GGUF file, by Unsloth's exporter or llama.cpp's converter, and read back."""
+
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    out: Path | None = None
+    """The file; one in the run's folder if not given."""
+    type: gguf_file.Kind = "auto"
+    """How weights are held; auto is as they are merged."""
+    llama_cpp: Path | None = None
+    """Your checkout of llama.cpp; without it LLAMA_CPP and the search path are looked at."""
+
+
+@dataclass(frozen=True)
+class ExportHub:
+    """Upload the adapter with a model card: private, and after showing what goes there and asking."""
+
+    to: str = ""
+    """Name of the repository on the hub, as in you/model; has to be given."""
+    run: Path | None = None
+    """Folder of the run; the newest trained one if not given."""
+    merged: bool = False
+    """The merged model instead of the adapter."""
+    public: bool = False
+    """For everybody to see, where the repository is new."""
+    yes: bool = False
+    """Do not ask."""
+
+
+@dataclass(frozen=True)
 class Remember:
     """Show which item of a memory file would be put before a question, and how related all of them are."""
 
@@ -257,6 +318,7 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
         "plan": (Plan, plan_command),
         "runs": (Runs, runs_command),
         "stats": (Stats, stats_command),
+        "export": (Export, export_command),
     }
     if not isinstance(recipe.sample, str):
         stages = {"sample": (Sample, sample_command), **stages}
@@ -532,6 +594,55 @@ def planned_preset(recipe: Recipe) -> str:
     if not fitting:
         raise UserError(f"--auto-preset: no preset fits this GPU; see python -m recipes.{recipe.name} plan")
     return fitting[0]
+
+
+def export_command(recipe: Recipe, given: list[str]) -> None:
+    kinds: dict[str, tuple[Any, Callable[[Recipe, Any], None]]] = {
+        "merged": (ExportMerged, export_merged),
+        "ollama": (ExportOllama, export_ollama),
+        "gguf": (ExportGguf, export_gguf),
+        "hub": (ExportHub, export_hub),
+    }
+    command = f"python -m recipes.{recipe.name} export"
+    if given and given[0] in ("-h", "--help"):
+        for name, (kind, _) in kinds.items():
+            say(f"  {command} {name} [--help]\n      {(kind.__doc__ or '').strip()}")
+        return
+    if not given or given[0] not in kinds:
+        what = f"{given[0]!r} is not known" if given else "it wants to know what to write"
+        raise UserError(f"export: {what}; name one of {', '.join(kinds)}, as in {command} merged")
+    kind, do = kinds[given[0]]
+    do(recipe, parse(recipe, f"export {given[0]}", kind, given[1:], None))
+
+
+def export_merged(recipe: Recipe, args: ExportMerged) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        export.merged(source, args.out)
+
+
+def export_ollama(recipe: Recipe, args: ExportOllama) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        folder = export.merged(source, args.out, "ollama", partial(modelfile.write, source))
+    for shortcoming in modelfile.shortcomings(folder):
+        say(shortcoming)
+    missing = "" if shutil.which("ollama") else ", where ollama is installed, which it is not here"
+    say(f"{folder / 'Modelfile'} is written; next{missing}:")
+    for command in modelfile.next_commands(source, folder):
+        say(f"  {command}")
+
+
+def export_gguf(recipe: Recipe, args: ExportGguf) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        gguf_file.write(source, args.out, args.type, args.llama_cpp)
+
+
+def export_hub(recipe: Recipe, args: ExportHub) -> None:
+    source = export.open_source(recipe, args.run)
+    with held_back(source.run.logs / "libraries.log"):
+        hub.upload(source, args.to, args.public, args.merged, args.yes)
 
 
 def runs_command(recipe: Recipe, given: list[str]) -> None:

@@ -181,6 +181,10 @@ class BaseModel:
     """A file in recipes/architectures, without its ending."""
     chat_template: str | None = None
     """The model's official chat template, by its file name in trl/chat_templates; None for base models."""
+    licence: str = ""
+    """Of its weights, as the hub calls it."""
+    terms: str = ""
+    """Where that licence can be read."""
 
 
 @dataclass(frozen=True)
