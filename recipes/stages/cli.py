@@ -26,6 +26,7 @@ from recipes.stages import (
     plan_report,
     predict,
     prepare,
+    processes,
     resume,
     stats,
     train,
@@ -230,20 +231,26 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     try:
         do(list(arguments))
     except (UserError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.speaks():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except processes.Elsewhere:
         sys.exit(2)
     except OSError as error:
         # A full disk, a folder that is read-only or went away: the system's matter, and not a bug of ours.
-        print(f"error: {explained(error)}", file=sys.stderr)
+        if processes.speaks():
+            print(f"error: {explained(error)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        if processes.speaks():
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("\nstopped; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    processes.leave()
     sys.exit(0)
 
 
@@ -524,7 +531,7 @@ def planned_preset(recipe: Recipe) -> str:
         why = "there is no GPU here" if recipe.presets else f"{recipe.name} has no presets"
         raise UserError(f"--auto-preset: {why}; leave it away")
     command = [sys.executable, "-m", f"recipes.{recipe.name}", "plan", "--presets", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=processes.alone())
     if done.returncode:
         raise UserError(f"--auto-preset: plan failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     [verdicts] = json.loads(done.stdout).values()

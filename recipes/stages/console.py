@@ -12,18 +12,27 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.stages import processes
+
 _own_stdout: Any = None
 
 
 def _stdout() -> Any:
-    """Where we write: the standard output this process began with, even while it is redirected."""
-    return _own_stdout or sys.stdout
+    """Where we write: the standard output this process began with, even while it is redirected. Of several processes
+    the first speaks for all."""
+    return _silence() if processes.rank() else _own_stdout or sys.stdout
+
+
+@cache
+def _silence() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def console() -> Console:
@@ -65,6 +74,8 @@ def held_back(log: Path) -> Iterator[None]:
     if _own_stdout is not None:
         yield
         return
+    if processes.rank():
+        log = Path(os.devnull)
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,26 +11,35 @@ from typing import Any
 import torch
 
 from fallback.portable_loss import PortableLogProb
+from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Example
 from recipes.stages.render import IGNORED
 from recipes.stages.train import Model
 
 
-def answer_loss(model: Model, items: Sequence[Example], max_length: int, batch_tokens: int = 8192) -> dict[str, Any]:
+def answer_loss(
+    model: Model, items: Sequence[Example], max_length: int, batch_tokens: int = 8192, team: Team = ALONE
+) -> dict[str, Any]:
     """Mean negative log-likelihood per answer token, in nats, and its exponential."""
     from recipes.stages.trainer import Batches, supervised
 
     rendered = [tokens for item in items if (tokens := model.renderer.example(item, max_length)) is not None]
     rendered.sort(key=lambda tokens: len(tokens.input_ids), reverse=True)
     collate = Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3")
-    total, count, at = 0.0, 0, 0
+    batches, at = [], 0
     while at < len(rendered):
         rows = max(1, batch_tokens // len(rendered[at].input_ids))
-        batch = collate([{"input_ids": r.input_ids, "labels": r.labels} for r in rendered[at : at + rows]])
-        batch = {name: tensor.to(model.network.device) for name, tensor in batch.items()}
-        total -= float(_log_probs(model.network, batch).sum())
-        count += int(supervised(batch).sum())
+        batches.append(rendered[at : at + rows])
         at += rows
+    found = []
+    for place, some in team.mine(batches):
+        batch = collate([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
+        batch = {name: tensor.to(model.network.device) for name, tensor in batch.items()}
+        found.append((place, (-float(_log_probs(model.network, batch).sum()), int(supervised(batch).sum()))))
+    # Summed in one order, however many processes there are.
+    total, count = 0.0, 0
+    for surprise, supervised_tokens in team.together(found):
+        total, count = total + surprise, count + supervised_tokens
     loss = total / max(1, count)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "answer_tokens": count}
 

@@ -14,7 +14,7 @@ from recipes.stages.run import Run, read_json
 
 # What may change without changing what is learned.
 _HARMLESS = ("checkpoint_minutes",)
-_DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
+DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _flat(config: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
     """Names as the user knows them -> JSON values."""
     settings = {name: value for name, value in config["settings"].items() if name not in _HARMLESS}
     base = {f"base model's {name}": config["base_model"][name] for name in ("name", "size", "weights")}
-    decided = {f"{name} (choice.json)": choice[name] for name in _DECISIONS}
+    decided = {f"{name} (choice.json)": choice[name] for name in DECISIONS}
     data = {"training data": str(config.get("data_sha256"))[:12]}
     return json.loads(json.dumps({**settings, **config.get("balance", {}), **base, **decided, **data}))
 
