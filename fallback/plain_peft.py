@@ -1,5 +1,6 @@
 """Rung 2 and floor: transformers and PEFT as they are, on anything torch runs on."""
 
+import os
 import sys
 from typing import Any, cast
 
@@ -38,7 +39,8 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         dtype=getattr(torch, choice.dtype),
         attn_implementation=choice.attention,
         quantization_config=_quantization(choice),
-        device_map={"": 0} if choice.device == "cuda" else "cpu",
+        # A launcher of several processes gives each a card of its own.
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if choice.device == "cuda" else "cpu",
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -56,8 +58,15 @@ def _quantization(choice: Choice) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, choice.dtype),
+            **_divisible(choice),
         )
     return BitsAndBytesConfig(load_in_8bit=True) if choice.quantization == "8bit" else None
+
+
+def _divisible(choice: Choice) -> dict[str, Any]:
+    """FSDP divides what looks like numbers: packed weights that call themselves bytes would stay whole in every
+    process."""
+    return {"bnb_4bit_quant_storage": choice.dtype} if os.environ.get("ACCELERATE_USE_FSDP") == "true" else {}
 
 
 def keep_layout(model: Any) -> None:

@@ -18,6 +18,7 @@ from fallback.gpu import Gpu, read_gpu
 from fallback.torch_build import usable_gpu
 from recipes.stages import (
     chat,
+    console,
     evaluate,
     history,
     pace,
@@ -236,6 +237,12 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
         sys.exit(2)
     except processes.Elsewhere:
         sys.exit(2)
+    except RuntimeError as error:
+        if not processes.lost(error):
+            raise
+        if processes.speaks():
+            print("error: another process was lost, so that all stop; give the same command again", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         # A full disk, a folder that is read-only or went away: the system's matter, and not a bug of ours.
         if processes.speaks():
@@ -274,8 +281,14 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
     return stages
 
 
+# Stages whose work several processes share; all others are the first one's.
+_SHARED = {"train", "evaluate", "predict"}
+
+
 def run_command(recipe: Recipe, given: list[str]) -> None:
     stages = stages_of(recipe)
+    if processes.rank() and given and (given[0] in ("-h", "--help") or given[0] in stages.keys() - _SHARED):
+        return
     if given and given[0] in ("-h", "--help"):
         print_help(recipe)
     elif not given or given[0].startswith("-"):
@@ -296,13 +309,14 @@ def print_help(recipe: Recipe) -> None:
 
 
 def parse(recipe: Recipe, stage: str, kind: Any, given: list[str], default: Any) -> Any:
-    return tyro.cli(
-        kind,
-        prog=f"python -m recipes.{recipe.name} {stage}".strip(),
-        args=given,
-        default=default,
-        config=(Flat,),
-    )
+    with console.first_alone():
+        return tyro.cli(
+            kind,
+            prog=f"python -m recipes.{recipe.name} {stage}".strip(),
+            args=given,
+            default=default,
+            config=(Flat,),
+        )
 
 
 def preset_for(recipe: Recipe, gpu: Gpu | None) -> str | None:
@@ -403,6 +417,7 @@ def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
     chosen, settings = begun.chosen, begun.settings
     if known.preset and known.preset != begun.config.get("preset"):
         settings = replace(settings, **recipe.presets.get(known.preset, {}))
+    settings = resume.dealt_out(settings, begun.processes, processes.world())
     default = Train(
         recipe.options,
         begun.balance or recipe.balance,
@@ -443,6 +458,10 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "predict", kind, given, Predict(default, recipe.recall, text_column=recipe.text_column))
     if (args.file is None) != (args.out is None):
         raise UserError("predict: --file and --out go together: the rows to answer, and where the answers go")
+    if args.file is None and processes.launched():
+        raise UserError(
+            "predict: several processes share the rows of a --file; a text is answered by one, with python -m"
+        )
     if args.speed and recipe.closed:
         raise UserError(f"predict --speed: {recipe.name} generates nothing; see python -m bench classify")
     if args.file is not None and args.text is not None:

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ def private(text: str) -> str:
             text = text.replace(token, f"<{name}>")
     home = os.path.expanduser("~").rstrip("/")
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """What the processes would all say alike, such as a command's help, is said by the first."""
+    if not processes.rank():
+        yield
+        return
+    with redirect_stdout(_silence()), redirect_stderr(_silence()):
+        yield
 
 
 @contextmanager

@@ -145,6 +145,12 @@ def begin(
         say(f"changed since {run.path} was begun: {'; '.join(changes)}")
         config["changes"] = [*begun.config.get("changes", []), *changes]
         train.record(run, config, choice)
+    if begun.processes != config["processes"]:
+        each = f"{args.settings.batch_size} x {args.settings.accumulation}"
+        told = f"processes: {begun.processes} -> {config['processes']}, now with {each} examples of each step"
+        say(told)
+        config["changes"] = [*config.get("changes", begun.config.get("changes", [])), told]
+        train.record(run, config, choice)
     before, now = read_json(run.path / "environment.json")["versions"], environment()["versions"]
     if other := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
         say(f"other versions than at its beginning, so the result may differ in its last digits: {', '.join(other)}")
