@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fallback.portable_loss import PortableLogProb
-from recipes.stages.processes import ALONE, Team
+from recipes.stages.processes import ALONE, Team, sharded
 from recipes.stages.recipe import Example
 from recipes.stages.render import IGNORED
 from recipes.stages.train import Model
@@ -45,7 +45,11 @@ def answer_loss(
 
 
 def _log_probs(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of every supervised token, in one row."""
+    """Of every supervised token."""
+    if sharded():
+        # The head's weights come together for the whole model's forward pass alone, which the trainer taught to do this.
+        with torch.no_grad():
+            return network(**batch, use_cache=False, fused_lm_head=True).log_probs
     labels = batch["labels"][:, 1:]
     causal = network.get_base_model()
     head = causal.get_output_embeddings()
