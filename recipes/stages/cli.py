@@ -25,6 +25,7 @@ from recipes.stages import (
     plan,
     plan_data,
     plan_report,
+    plan_sharded,
     predict,
     prepare,
     processes,
@@ -151,6 +152,8 @@ class Plan(Generic[Options]):
     """Cards to ask for: --gpu "RTX 4090" 12GB "Quadro M6000:5.2:12"; without it this machine's, else usual ones."""
     preset: str | None = None
     """As for train."""
+    gpus: int = 1
+    """How many of them share the training; tells what each holds under DDP, FSDP2 and ZeRO-3, and which to take."""
     presets: bool = False
     """Tell instead which presets fit those cards, best first."""
     json: bool = False
@@ -521,10 +524,14 @@ def plan_command(recipe: Recipe, given: list[str]) -> None:
         planned = plan.plan(recipe, args.settings, data.rows)
         speeds = {} if args.gpu else speed_here(recipe, args.settings, here)
         found = plan_report.as_json(recipe, args.settings, planned, data, gpus, speeds)
+        if args.gpus != 1:
+            found["several"] = plan_sharded.as_json(recipe, args.settings, data.rows, gpus, args.gpus, found["seconds"])
         if args.json:
             say(json.dumps(found, ensure_ascii=False))
         else:
             plan_report.tell(found, args.settings)
+            if args.gpus != 1:
+                plan_sharded.tell(found["several"], args.settings)
 
 
 def speed_here(recipe: Recipe, settings: Settings, gpu: Gpu | None) -> dict[str, float]:

@@ -47,7 +47,7 @@ def answer_loss(
 def _log_probs(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of every supervised token."""
     if sharded():
-        # The head's weights come together for the whole model's forward pass alone, which the trainer taught to do this.
+        # The head's weights come together for the whole model's forward pass alone; the trainer taught it this one.
         with torch.no_grad():
             return network(**batch, use_cache=False, fused_lm_head=True).log_probs
     labels = batch["labels"][:, 1:]

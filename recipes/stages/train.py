@@ -409,8 +409,9 @@ def appending(path: Path) -> IO[str]:
 
 def going_on(recipe: Recipe, run: Run) -> str:
     """The command that goes on with this run."""
-    started = "python" if processes.world() == 1 else f"torchrun --nproc_per_node {processes.world()}"
-    return f"{started} -m recipes.{recipe.name} train --resume --run {shlex.quote(str(run.path))}"
+    # Without the two dashes torchrun takes --run for the beginning of an option of its own.
+    started = "python -m" if processes.world() == 1 else f"torchrun --nproc_per_node {processes.world()} -m --"
+    return f"{started} recipes.{recipe.name} train --resume --run {shlex.quote(str(run.path))}"
 
 
 def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
