@@ -39,8 +39,7 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         dtype=getattr(torch, choice.dtype),
         attn_implementation=choice.attention,
         quantization_config=_quantization(choice),
-        # A launcher of several processes gives each a card of its own.
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if choice.device == "cuda" else "cpu",
+        device_map=_place(choice),
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -63,10 +62,22 @@ def _quantization(choice: Choice) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if choice.quantization == "8bit" else None
 
 
+def _place(choice: Choice) -> Any:
+    """A launcher of several processes gives each a card of its own. FSDP takes its part from the host's memory, layer
+    by layer, where weights are plain numbers; 4-bit ones are made on the card."""
+    if choice.device == "cpu" or (_divided() and choice.quantization == "none"):
+        return "cpu"
+    return {"": int(os.environ.get("LOCAL_RANK", 0))}
+
+
+def _divided() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _divisible(choice: Choice) -> dict[str, Any]:
     """FSDP divides what looks like numbers: packed weights that call themselves bytes would stay whole in every
     process."""
-    return {"bnb_4bit_quant_storage": choice.dtype} if os.environ.get("ACCELERATE_USE_FSDP") == "true" else {}
+    return {"bnb_4bit_quant_storage": choice.dtype} if _divided() else {}
 
 
 def keep_layout(model: Any) -> None:

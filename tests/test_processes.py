@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ if os.environ.get("RANK") == "1":
     sys.addaudithook(look)
 """  # noqa: E501
 # Chunks so small that both processes get some.
-SMALL_CHUNKS = "import recipes.stages.predict as predict\npredict._CHUNK = 8\n"
+SMALL_CHUNKS = "import recipes.stages.predict as predict\npredict.CHUNK = 8\n"
 
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -117,7 +118,8 @@ def learned(place: Path, start: Start) -> Callable[[str], list[tuple[Path, subpr
                 (path, start(
                     number, f"recipes.{name}", "train", "--backend", backend, "--max-steps", "4", "--lora-dropout", "0",
                     "--neftune-alpha", "0", "--log-every", "1", "--early-stopping", "off", "--batch-size",
-                    str(8 // number // (1 + ("--accumulation" in flags))), *flags, "--run", str(path), patch=WATCHED, WATCHED=str(path),
+                    str(8 // number // (1 + ("--accumulation" in flags))), *flags, "--run", str(path), patch=WATCHED,
+                    WATCHED=str(path),
                 ))
                 for number, path in ((1, one), (2, two))
             ]  # fmt: skip
@@ -305,6 +307,26 @@ def test_killed_stopped_and_resumed_with_other_numbers_of_processes(place: Path,
     assert tokens[0] == tokens[1]
 
 
+def test_scaling_is_measured_in_pairs_and_projected(learned: Any, start: Start) -> None:
+    trained = learned("gemma3_12b_opercode")[0][0]
+    done = start(1, "bench", "scaling", "--run", str(trained), "--rows", "24", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["speedup_with_2"] == found["seconds"]["1"][0] / found["seconds"]["2"][0]
+    times = list(found["projected_seconds"].values())
+    assert times == sorted(times, reverse=True)
+    assert times[0] == pytest.approx(388_706 / found["rows_per_second_of_one"])
+
+
+def test_what_two_processes_do_not_halve_is_not_divided_by_eight() -> None:
+    from bench.scaling import projected, undivided
+
+    assert (undivided(2), undivided(1.6), undivided(1), undivided(2.1)) == (0, 0.25, 1, 0)
+    # 380 chunks: 48 rounds for eight.
+    assert projected(8, 100, 2) == pytest.approx(3887.06 * 48 / 380)
+    assert projected(4, 100, 1.6) == pytest.approx(3887.06 * (0.25 + 0.75 / 4))
+
+
 # accelerate shards nothing on CPUs: told that they are GPUs, it does. Everything else is as on GPUs.
 CPUS_ARE_GPUS = """
 import importlib.util, os, sys
@@ -390,3 +412,47 @@ def test_the_same_steps_are_dealt_out_anew() -> None:
     assert resume.dealt_out(settings, 3, 3) == settings
     with pytest.raises(UserError, match="12 examples, which 5 processes cannot share evenly; start 1, 2, 3, 4, 6, 12"):
         resume.dealt_out(settings, 1, 5)
+
+
+def test_the_table_of_engines_is_what_plan_says() -> None:
+    from recipes.stages import plan, plan_sharded
+
+    page = (ROOT / "docs" / "several_gpus.md").read_text(encoding="utf-8")
+    header, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith(("| recipe | weights", *(f"| {name} |" for name in RECIPES)))
+    ]
+    assert {line[0] for line in lines} == set(RECIPES)
+    for name, quantization, *cells in lines:
+        settings = replace(recipe(name).settings, quantization=quantization)
+        for card, cell in zip(header[2:], cells, strict=True):
+            takes = {
+                n: plan_sharded.on_cards(recipe(name), settings, plan.card(card), n)["take"] for n in (2, 4, 8)
+            }  # fmt: skip
+            found = next((f"{take} from {n}".removesuffix(" from 2") for n, take in takes.items() if take), "none")
+            assert found == cell, (name, quantization, card, takes)
+
+
+def test_plan_tells_what_several_gpus_hold(start: Start) -> None:
+    done = start(
+        1, "recipes.gemma3_12b_opercode", "plan", "--gpus", "4", "--gpu", "RTX 4090", "--rows", "1000", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    several, one = found["several"], found["cards"]["RTX 4090"]
+    assert several["examples_per_step"] == 64
+    assert several["optimizer_steps"] == 16 * 3
+    assert several["same_steps"] == {"batch_size": 2, "accumulation": 2}
+    assert several["seconds"]["RTX 4090"] == found["seconds"]["RTX 4090"] / 4
+    engines = several["cards"]["RTX 4090"]["engines"]
+    assert several["cards"]["RTX 4090"]["take"] == "ddp"
+    terms = engines["ddp"]["memory_bytes"]
+    # The single card's, and the buckets in which gradients are averaged.
+    assert engines["ddp"]["needed_bytes"] == pytest.approx(one["needed_bytes"] + 1.06 * terms["gradients"], abs=10)
+    divided = engines["fsdp2"]["memory_bytes"]
+    assert divided["optimizer"] == pytest.approx(terms["optimizer"] / 4, abs=1)
+    base = sum(terms[name] for name in ("quantized_weights", "unquantized_weights", "embedding"))
+    # A fourth of the numbers, and the 4-bit weights' scales, a 32nd of them, whole.
+    assert base / 4 < divided["base_weights"] < base / 3
+    assert engines["zero3"]["verdict"] == "cannot"

@@ -51,8 +51,9 @@ def on_cards(recipe: Recipe, settings: Settings, gpu: Gpu, count: int) -> dict[s
             continue
         terms = held(recipe, settings, gpu, count, engine)
         needed = sum(terms.values())
-        # Weights are divided when they have been loaded.
-        loaded = sum(_weights(recipe, settings, gpu)) if engine != "ddp" else 0
+        # 4-bit weights are made on the card, and divided when they are all there.
+        whole = engine == "fsdp2" and plan.choice_for(recipe, settings, gpu).quantization != "none"
+        loaded = sum(_weights(recipe, settings, gpu)) + terms["context"] if whole else 0
         found["engines"][engine] = {
             "memory_bytes": terms,
             "needed_bytes": max(needed, loaded),
@@ -122,7 +123,7 @@ def _sizes(recipe: Recipe, dtype: str, quantization: str) -> dict[str, int]:
     config = architecture(recipe)
 
     def of(layers: int) -> tuple[int, int]:
-        network = footprint.meta_network(footprint.with_layers(config, layers), Settings(), on)
+        network = footprint.meta_network(footprint.with_layers(config, layers), recipe.settings, on)
         found = footprint.weight_bytes(network, on)
         head = network.get_output_embeddings()
         linear = [m.weight.numel() for m in network.modules() if footprint.is_linear(m) and m is not head]

@@ -23,7 +23,7 @@ Answerer = Callable[[Sequence[str]], list[list[str]]]
 """Texts -> for each the cells of its answer."""
 
 # Rows that are answered, written and never answered again, whatever happens afterwards.
-_CHUNK = 1024
+CHUNK = 1024
 
 
 def texts(text: str | None) -> Iterable[str]:
@@ -127,9 +127,9 @@ def to_file(
         if not size:
             file.write(table_line((*layout.header, *names)))
         task = bar.add_task("", total=total, completed=rows)
-        while batch := list(islice(records, _CHUNK * team.size)):
+        while batch := list(islice(records, CHUNK * team.size)):
             # Whole chunks to each process: what is computed together is the same, however many there are.
-            chunks = [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]
+            chunks = [batch[i : i + CHUNK] for i in range(0, len(batch), CHUNK)]
             mine = [(n, list(_answered(c, layout, text_column, answer, len(names)))) for n, c in team.mine(chunks)]
             answered = team.together(mine)
             rows += len(batch)
