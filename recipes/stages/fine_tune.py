@@ -20,6 +20,9 @@ from recipes.stages.recipe import Recipe, Settings, StartOver, UserError
 from recipes.stages.run import Run, as_system_error, environment, explained, read_json, write_json
 from recipes.stages.stopping import EarlyStopping
 
+# Where accelerate divides the weights, auto does not take what was never seen to learn there.
+_UNTRIED = dict.fromkeys(BACKENDS[:-1], "never tried with weights that are divided among processes")
+
 
 def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen, Choice, Settings]:
     """Every decision first, then the data, then the training; nothing is written before the decisions stand. `watch`
@@ -37,7 +40,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)
-    failed = backends_that_died(args.run)
+    failed = backends_that_died(args.run) | (_UNTRIED if processes.sharded() else {})
     choice = choose(
         model_type(recipe, chosen),
         args.backend,

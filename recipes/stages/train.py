@@ -329,6 +329,10 @@ def train(
                 f"{settings.learning_rate / 3:.1g} --accept-changes"
             )
         if safe.asked is not None and len(losses) < steps and not (stop and stop.stopped_at):
+            if trainer.is_deepspeed_enabled:
+                raise Interrupted(
+                    f"stopped after step {len(losses)} of {steps}: no checkpoint, under DeepSpeed", 128 + safe.asked
+                )
             raise Interrupted(
                 f"stopped after step {len(losses)} of {steps}; go on with {going_on(recipe, run)}", 128 + safe.asked
             )

@@ -198,6 +198,9 @@ class RecipeTrainer(SFTTrainer):
     # the methods that it goes through when it resumes.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_deepspeed_enabled:
+            # Its optimiser's parts are its own, in a form of its own.
+            return
         scaler = getattr(self.accelerator, "scaler", None)
         state = {
             "weights": self.trained_weights(),
