@@ -26,6 +26,7 @@ COMMANDS = {
     "balance": ("balance:main", "which way of weighing rare classes wins"),
     "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
     "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
+    "scaling": ("scaling:main", "predict --file in one process and in two, and what that means for more"),
     "soak": ("soak:main", "trainings killed at random moments and resumed: is it the same adapter?"),
     "figures": ("figures:main", "README's tables and picture, from results/"),
     "recipes": ("recipes:main", "every recipe from its sample to its evaluation, in one table"),

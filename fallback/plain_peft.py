@@ -1,5 +1,6 @@
 """Rung 2 and floor: transformers and PEFT as they are, on anything torch runs on."""
 
+import os
 from typing import Any
 
 from fallback import leave_out
@@ -29,7 +30,7 @@ def load(source: str, choice: Choice, max_length: int) -> Any:
         dtype=getattr(torch, choice.dtype),
         attn_implementation=choice.attention,
         quantization_config=_quantization(choice),
-        device_map={"": 0} if choice.device == "cuda" else "cpu",
+        device_map=_place(choice),
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -47,8 +48,27 @@ def _quantization(choice: Choice) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, choice.dtype),
+            **_divisible(choice),
         )
     return BitsAndBytesConfig(load_in_8bit=True) if choice.quantization == "8bit" else None
+
+
+def _place(choice: Choice) -> Any:
+    """A launcher of several processes gives each a card of its own. FSDP takes its part from the host's memory, layer
+    by layer, where weights are plain numbers; 4-bit ones are made on the card."""
+    if choice.device == "cpu" or (_divided() and choice.quantization == "none"):
+        return "cpu"
+    return {"": int(os.environ.get("LOCAL_RANK", 0))}
+
+
+def _divided() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def _divisible(choice: Choice) -> dict[str, Any]:
+    """FSDP divides what looks like numbers: packed weights that call themselves bytes would stay whole in every
+    process."""
+    return {"bnb_4bit_quant_storage": choice.dtype} if _divided() else {}
 
 
 def keep_layout(model: Any) -> None:

@@ -29,7 +29,7 @@ class Answerer:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(predict, "_CHUNK", 7)
+    monkeypatch.setattr(predict, "CHUNK", 7)
     path = tmp_path / "in.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)

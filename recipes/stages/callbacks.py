@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from recipes.stages import processes
 from recipes.stages.console import say
 from recipes.stages.stopping import EarlyStopping, Patience
 
@@ -68,7 +69,7 @@ class StepRecord(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.trainer is not None
-        self.seen, self.seen_likelihood = int(self.trainer.supervised_tokens), 0.0
+        self.seen, self.seen_likelihood = self.trainer.seen()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = time.perf_counter()
@@ -77,7 +78,7 @@ class StepRecord(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         assert self.trainer is not None
-        total = int(self.trainer.supervised_tokens)
+        total, likelihood = self.trainer.seen()
         step = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
@@ -88,7 +89,6 @@ class StepRecord(TrainerCallback):
         }
         if self.trainer.objective is not None:
             # The loss may be weighted or focused; this is comparable between runs.
-            likelihood = float(self.trainer.negative_log_likelihood)
             step["cross_entropy"] = (likelihood - self.seen_likelihood) / max(1, step["supervised_tokens"])
             self.seen_likelihood = likelihood
         self.seen = total
@@ -205,6 +205,9 @@ class Safekeeping(TrainerCallback):
         if self.asked is not None:
             raise KeyboardInterrupt
         self.asked = number
+        if processes.launched():
+            # It may be the launcher, because another process died; who is alive agrees at the step's end.
+            return
         with suppress(RuntimeError):
             # The signal may have come in the middle of a line that is being written.
             say("\nstopping after this step, with a checkpoint; a second time stops at once")
@@ -212,9 +215,15 @@ class Safekeeping(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             return
-        if self.asked is not None:
+        # All processes stop at the same step, and save at the same.
+        late = time.monotonic() - self.saved >= self.seconds
+        asked, due = processes.most([self.asked or 0, late])
+        if asked:
+            self.asked = int(asked)
+            if processes.launched():
+                say("stopping after this step, with a checkpoint")
             control.should_training_stop = True
-        if self.asked is not None or time.monotonic() - self.saved >= self.seconds:
+        if asked or due:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

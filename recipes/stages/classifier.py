@@ -9,6 +9,7 @@ from typing import Any
 from fallback.choose import Backend
 from recipes.stages.console import held_back
 from recipes.stages.exported import Exported
+from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Recipe, UserError
 from recipes.stages.run import Run, read_json, write_json
 
@@ -110,14 +111,17 @@ class Classifier:
         return found
 
     def log_probabilities(
-        self, prompts: Sequence[Sequence[Message]], done: Callable[[int], None] = lambda count: None
+        self,
+        prompts: Sequence[Sequence[Message]],
+        done: Callable[[int], None] = lambda count: None,
+        team: Team = ALONE,
     ) -> tuple[Any, Known]:
         """A row per prompt and a column per code, before the temperature."""
         model, known, codes, max_length = self._load()
         from recipes.stages.scoring import TOLERANCE, score
 
         tolerance = 0.0 if self.scoring.exhaustive else TOLERANCE
-        scores = score(model, codes, prompts, max_length, tolerance, self.scoring.batch_tokens, done)
+        scores = score(model, codes, prompts, max_length, tolerance, self.scoring.batch_tokens, done, team=team)
         return scores.log_p, known
 
     def use(self, model: Any, run: Run, max_length: int) -> "Classifier":

@@ -20,6 +20,7 @@ from fallback.gpu import Gpu, read_gpu
 from fallback.torch_build import usable_gpu
 from recipes.stages import (
     chat,
+    console,
     evaluate,
     export,
     gguf_file,
@@ -30,8 +31,10 @@ from recipes.stages import (
     plan,
     plan_data,
     plan_report,
+    plan_sharded,
     predict,
     prepare,
+    processes,
     resume,
     stats,
     train,
@@ -155,6 +158,8 @@ class Plan(Generic[Options]):
     """Cards to ask for: --gpu "RTX 4090" 12GB "Quadro M6000:5.2:12"; without it this machine's, else usual ones."""
     preset: str | None = None
     """As for train."""
+    gpus: int = 1
+    """How many of them share the training; tells what each holds under DDP, FSDP2 and ZeRO-3, and which to take."""
     presets: bool = False
     """Tell instead which presets fit those cards, best first."""
     json: bool = False
@@ -291,20 +296,32 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     try:
         do(list(arguments))
     except (UserError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.speaks():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except processes.Elsewhere:
+        sys.exit(2)
+    except RuntimeError as error:
+        if not processes.lost(error):
+            raise
+        if processes.speaks():
+            print("error: another process was lost, so that all stop; give the same command again", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # A full disk, a folder that is read-only or went away: the system's matter, and not a bug of ours.
-        print(f"error: {explained(error)}", file=sys.stderr)
+        if processes.speaks():
+            print(f"error: {explained(error)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        if processes.speaks():
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("\nstopped; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    processes.leave()
     sys.exit(0)
 
 
@@ -329,8 +346,14 @@ def stages_of(recipe: Recipe) -> dict[str, tuple[Any, Callable[[Recipe, list[str
     return stages
 
 
+# Stages whose work several processes share; all others are the first one's.
+_SHARED = {"train", "evaluate", "predict"}
+
+
 def run_command(recipe: Recipe, given: list[str]) -> None:
     stages = stages_of(recipe)
+    if processes.rank() and given and (given[0] in ("-h", "--help") or given[0] in stages.keys() - _SHARED):
+        return
     if given and given[0] in ("-h", "--help"):
         print_help(recipe)
     elif not given or given[0].startswith("-"):
@@ -351,13 +374,14 @@ def print_help(recipe: Recipe) -> None:
 
 
 def parse(recipe: Recipe, stage: str, kind: Any, given: list[str], default: Any) -> Any:
-    return tyro.cli(
-        kind,
-        prog=f"python -m recipes.{recipe.name} {stage}".strip(),
-        args=given,
-        default=default,
-        config=(Flat,),
-    )
+    with console.first_alone():
+        return tyro.cli(
+            kind,
+            prog=f"python -m recipes.{recipe.name} {stage}".strip(),
+            args=given,
+            default=default,
+            config=(Flat,),
+        )
 
 
 def preset_for(recipe: Recipe, gpu: Gpu | None) -> str | None:
@@ -458,6 +482,7 @@ def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
     chosen, settings = begun.chosen, begun.settings
     if known.preset and known.preset != begun.config.get("preset"):
         settings = replace(settings, **recipe.presets.get(known.preset, {}))
+    settings = resume.dealt_out(settings, begun.processes, processes.world())
     default = Train(
         recipe.options,
         begun.balance or recipe.balance,
@@ -498,6 +523,10 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "predict", kind, given, Predict(default, recipe.recall, text_column=recipe.text_column))
     if (args.file is None) != (args.out is None):
         raise UserError("predict: --file and --out go together: the rows to answer, and where the answers go")
+    if args.file is None and processes.launched():
+        raise UserError(
+            "predict: several processes share the rows of a --file; a text is answered by one, with python -m"
+        )
     if args.speed and recipe.closed:
         raise UserError(f"predict --speed: {recipe.name} generates nothing; see python -m bench classify")
     if args.file is not None and args.text is not None:
@@ -557,10 +586,14 @@ def plan_command(recipe: Recipe, given: list[str]) -> None:
         planned = plan.plan(recipe, args.settings, data.rows)
         speeds = {} if args.gpu else speed_here(recipe, args.settings, here)
         found = plan_report.as_json(recipe, args.settings, planned, data, gpus, speeds)
+        if args.gpus != 1:
+            found["several"] = plan_sharded.as_json(recipe, args.settings, data.rows, gpus, args.gpus, found["seconds"])
         if args.json:
             say(json.dumps(found, ensure_ascii=False))
         else:
             plan_report.tell(found, args.settings)
+            if args.gpus != 1:
+                plan_sharded.tell(found["several"], args.settings)
 
 
 def speed_here(recipe: Recipe, settings: Settings, gpu: Gpu | None) -> dict[str, float]:
@@ -586,7 +619,7 @@ def planned_preset(recipe: Recipe) -> str:
         why = "there is no GPU here" if recipe.presets else f"{recipe.name} has no presets"
         raise UserError(f"--auto-preset: {why}; leave it away")
     command = [sys.executable, "-m", f"recipes.{recipe.name}", "plan", "--presets", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=processes.alone())
     if done.returncode:
         raise UserError(f"--auto-preset: plan failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     [verdicts] = json.loads(done.stdout).values()

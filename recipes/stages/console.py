@@ -11,19 +11,28 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.stages import processes
+
 _own_stdout: Any = None
 
 
 def _stdout() -> Any:
-    """Where we write: the standard output this process began with, even while it is redirected."""
-    return _own_stdout or sys.stdout
+    """Where we write: the standard output this process began with, even while it is redirected. Of several processes
+    the first speaks for all."""
+    return _silence() if processes.rank() else _own_stdout or sys.stdout
+
+
+@cache
+def _silence() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def console() -> Console:
@@ -59,12 +68,24 @@ def private(text: str) -> str:
 
 
 @contextmanager
+def first_alone() -> Iterator[None]:
+    """What the processes would all say alike, such as a command's help, is said by the first."""
+    if not processes.rank():
+        yield
+        return
+    with redirect_stdout(_silence()), redirect_stderr(_silence()):
+        yield
+
+
+@contextmanager
 def held_back(log: Path) -> Iterator[None]:
     """Send whatever anybody but us prints to a log file, on the level of file descriptors: some of it is C++."""
     global _own_stdout
     if _own_stdout is not None:
         yield
         return
+    if processes.rank():
+        log = Path(os.devnull)
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.stages import processes
 from recipes.stages.cells import CELLS, table_line
 from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
@@ -22,13 +23,16 @@ def evaluate(recipe: Recipe, run: Run, model: Model, answering: Sampling | Scori
         task = bar.add_task("", total=len(items))
 
         def done(count: int) -> None:
-            bar.advance(task, count)
+            # The others are about as far.
+            bar.advance(task, count * processes.world())
 
         if isinstance(answering, Scoring):
             classifier = Classifier(recipe, scoring=answering).use(model, run, max_length)
             results = _by_class(run, items, classifier, done)
         else:
             results = _by_answer(recipe, run, items, model, answering, max_length, done)
+    if processes.rank():
+        return results
     write_json(run.path / "evaluation_results.json", results)
     run.add_metrics(test={name: value for name, value in results.items() if isinstance(value, int | float)})
     return results
@@ -40,19 +44,21 @@ def _by_answer(
     from recipes.stages.generation import generate
     from recipes.stages.likelihood import answer_loss
 
-    validation = answer_loss(model, examples(recipe, run, "val"), max_length)
+    team = processes.team()
+    validation = answer_loss(model, examples(recipe, run, "val"), max_length, team=team)
     began = time.perf_counter()
-    answers = generate(model, [example.prompt for example in items], sampling, recipe.stop, max_length, done)
+    answers = generate(model, [example.prompt for example in items], sampling, recipe.stop, max_length, done, team)
     seconds = time.perf_counter() - began
     predictions = [Prediction(e, a.text, a.stopped) for e, a in zip(items, answers, strict=True)]
-    with writing(run.path / "predictions.csv", newline="") as file:
-        file.write(table_line(("text", "true", "predicted", "stopped")))
-        for p in predictions:
-            file.write(table_line((p.example.text, p.example.answer, p.answer, str(int(p.stopped)))))
     with model.network.disable_adapter():
         shown = [example.prompt for example in items[:_SIDE_BY_SIDE]]
-        untrained = generate(model, shown, sampling, recipe.stop, max_length)
-    _write_side_by_side(run, predictions[:_SIDE_BY_SIDE], [answer.text for answer in untrained])
+        untrained = generate(model, shown, sampling, recipe.stop, max_length, team=team)
+    if team.rank == 0:
+        with writing(run.path / "predictions.csv", newline="") as file:
+            file.write(table_line(("text", "true", "predicted", "stopped")))
+            for p in predictions:
+                file.write(table_line((p.example.text, p.example.answer, p.answer, str(int(p.stopped)))))
+        _write_side_by_side(run, predictions[:_SIDE_BY_SIDE], [answer.text for answer in untrained])
     return {
         "rows": len(predictions),
         "validation_loss": validation["loss"],
@@ -67,7 +73,9 @@ def cases(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length
     from recipes.stages.generation import generate
 
     prompts = [recipe.ask(question) for question in recipe.cases.values()]
-    answers = generate(model, prompts, sampling, recipe.stop, max_length)
+    answers = generate(model, prompts, sampling, recipe.stop, max_length, team=processes.team())
+    if processes.rank():
+        return
     with writing(run.path / "cases.md") as file:
         file.write(f"# Fixed questions\n\nModel: {read_json(run.config)['notice']}.\n")
         for (title, question), answer in zip(recipe.cases.items(), answers, strict=True):
@@ -100,7 +108,8 @@ def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any)
     from recipes.stages.confidence import calibration_error, coverage_curve, probabilities
 
     began = time.perf_counter()
-    log_p, known = classifier.log_probabilities([example.prompt for example in items], done)
+    team = processes.team()
+    log_p, known = classifier.log_probabilities([example.prompt for example in items], done, team)
     seconds = time.perf_counter() - began
     verdicts = classifier.rank(log_p, known)
     true = [example.answer for example in items]
@@ -127,6 +136,8 @@ def _by_class(run: Run, items: list[Example], classifier: Classifier, done: Any)
         "coverage": curve,
         "by_class": classes,
     }
+    if team.rank:
+        return results
     _write_verdicts(run, items, verdicts)
     pictures.confusion(run.path / "confusion.png", true, predicted)
     pictures.by_size(run.path / "f1_by_class_size.png", classes)

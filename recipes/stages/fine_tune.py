@@ -13,12 +13,15 @@ from typing import Any
 
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
 from fallback.gpu import read_gpu
-from recipes.stages import checkpoint, prepare, resume, train
+from recipes.stages import checkpoint, prepare, processes, resume, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Settings, StartOver, UserError
 from recipes.stages.run import Run, as_system_error, environment, explained, read_json, write_json
 from recipes.stages.stopping import EarlyStopping
+
+# Where accelerate divides the weights, auto does not take what was never seen to learn there.
+_UNTRIED = dict.fromkeys(BACKENDS[:-1], "never tried with weights that are divided among processes")
 
 
 def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen, Choice, Settings]:
@@ -37,7 +40,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)
-    failed = backends_that_died(args.run)
+    failed = backends_that_died(args.run) | (_UNTRIED if processes.sharded() else {})
     choice = choose(
         model_type(recipe, chosen),
         args.backend,
@@ -56,37 +59,74 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         )
     if begun is not None and args.source is not None:
         raise UserError("--resume: the data are those of the run; leave --source away")
-    if args.run is not None and Run(args.run).prepared and args.source is None:
-        run = Run(args.run)
-        prepare.tell(run, read_json(run.data / "metadata.json"))
-    else:
-        run = prepare.prepare(
-            recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
-        )
+    choice.module()
+    processes.join(choice.device)
+    agreed(choice)
+    run = Run(Path(processes.first(lambda: str(prepared(recipe, args, chosen).path))))
     with run.locked(), held_back(run.logs / "libraries.log"):
-        start = begin(recipe, run, args, chosen, choice, begun)
+        found = processes.first(lambda: _name(begin(recipe, run, args, chosen, choice, begun)))
+        start = Path(found) if found else None
         try:
             metrics = train.train(recipe, run, settings, chosen, choice, args.balance, watch, start)
         except (UserError, CannotRun):
             raise
         except Exception as error:
+            if processes.lost(error):
+                raise UserError(
+                    f"another process of this training was lost at step {steps_done(run) + 1}, so that all stop; go on "
+                    f"with {train.going_on(recipe, run)}"
+                ) from error
             if refused := as_system_error(error):
                 refused.filename = refused.filename or str(run.path)
                 raise UserError(f"{explained(refused)}, then go on with {train.going_on(recipe, run)}") from error
-            if out_of_memory(error) and args.auto_batch and watch is None and settings.batch_size > 1:
+            alone = not processes.launched()
+            if alone and out_of_memory(error) and args.auto_batch and watch is None and settings.batch_size > 1:
                 raise StartOver(smaller_batch(run, settings)) from error
             if out_of_memory(error):
                 raise UserError(less_memory(recipe, settings, args.preset)) from error
             if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
                 raise
+            if not alone:
+                step_down(run, choice, error)
+                floor = BACKENDS[-1]
+                raise UserError(f"{choice.backend} died before its first step; take --backend {floor}") from error
             raise StartOver(step_down(run, choice, error)) from error
-        run.add_metrics(base_model=chosen.stored(), train=metrics)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        if processes.rank() == 0:
+            run.add_metrics(base_model=chosen.stored(), train=metrics)
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         say(
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
             f"adapter in {run.adapter}"
         )
     return run, chosen, choice, settings
+
+
+def prepared(recipe: Recipe, args: Any, chosen: Chosen) -> Run:
+    """A run with data."""
+    if args.run is not None and Run(args.run).prepared and args.source is None:
+        run = Run(args.run)
+        prepare.tell(run, read_json(run.data / "metadata.json"))
+        return run
+    settings: Settings = args.settings
+    return prepare.prepare(
+        recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
+    )
+
+
+def agreed(choice: Choice) -> None:
+    """Processes that compute in different ways would not learn together."""
+    mine = choice.as_json()
+    theirs = processes.first(lambda: mine)
+    for name in resume.DECISIONS:
+        if theirs[name] != mine[name]:
+            raise UserError(
+                f"process {processes.rank()} would take {name} {mine[name]} and the first one {theirs[name]} "
+                f"({choice.reasons['device']}): name what all can do with --backend, --dtype and --attention"
+            )
+
+
+def _name(path: Path | None) -> str | None:
+    return str(path) if path else None
 
 
 def begin(
@@ -108,6 +148,12 @@ def begin(
         say(f"changed since {run.path} was begun: {'; '.join(changes)}")
         config["changes"] = [*begun.config.get("changes", []), *changes]
         train.record(run, config, choice)
+    if begun.processes != config["processes"]:
+        each = f"{args.settings.batch_size} x {args.settings.accumulation}"
+        told = f"processes: {begun.processes} -> {config['processes']}, now with {each} examples of each step"
+        say(told)
+        config["changes"] = [*config.get("changes", begun.config.get("changes", [])), told]
+        train.record(run, config, choice)
     before, now = read_json(run.path / "environment.json")["versions"], environment()["versions"]
     if other := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
         say(f"other versions than at its beginning, so the result may differ in its last digits: {', '.join(other)}")
@@ -128,9 +174,9 @@ def offer_to_resume(recipe: Recipe) -> None:
             )
 
 
-def steps_done(run: Run) -> bool:
+def steps_done(run: Run) -> int:
     record = run.path / "steps.jsonl"
-    return record.is_file() and record.stat().st_size > 0
+    return len(record.read_bytes().splitlines()) if record.is_file() else 0
 
 
 def backends_that_died(path: Path | None) -> dict[str, str]:

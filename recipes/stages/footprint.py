@@ -158,6 +158,10 @@ def weight_bytes(network: Any, on: Conditions) -> dict[str, int]:
     }
 
 
+def is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
 def packed_bytes(weights: int) -> int:
     """NF4 with double quantisation: half a byte, a byte of scale per 64, and its float32 per 256 of those; beside them
     two tables, of 16 and of 256 numbers, and a mean."""

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Sampling
 from recipes.stages.train import Model
 
@@ -118,17 +119,18 @@ def generate(
     stop: Sequence[str] = (),
     max_length: int | None = None,
     done: Callable[[int], None] = lambda count: None,
+    team: Team = ALONE,
 ) -> list[Answer]:
     """Answers in the order of the prompts. Computed in batches of like length, so that little is padding."""
     encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    answers: list[Answer | None] = [None] * len(encoded)
-    for start in range(0, len(order), sampling.batch_size):
+    starts = range(0, len(order), sampling.batch_size)
+    found: list[tuple[int, Answer]] = []
+    for _, start in team.mine(starts):
         batch = order[start : start + sampling.batch_size]
-        for index, answer in zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop), strict=True):
-            answers[index] = answer
+        found += zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop), strict=True)
         done(len(batch))
-    return [answer for answer in answers if answer is not None]
+    return team.together(found)
 
 
 def several(

@@ -15,7 +15,7 @@ from recipes.stages.recipe import Recipe, Settings, UserError
 from recipes.stages.train import optimizer_steps
 
 # What the allocator wastes, and the CUDA context with its libraries.
-_SLACK, _CONTEXT = 0.06, round(0.75 * GIB)
+SLACK, _CONTEXT = 0.06, round(0.75 * GIB)
 _TIGHT = 0.95
 REFERENCE = "RTX 4090"
 """Memory is told for a card of this kind: bfloat16 in hardware, Triton. Verdicts are calculated for each card's own."""
@@ -97,7 +97,7 @@ def memory_on(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName
     without, whole = (_peak(recipe, settings, other) for other in (replace(on, loss="none"), on))
     loss_head = max(0, whole - without)
     found = {**_held(recipe, settings, choice), "activations": without, "loss_head": loss_head}
-    return {**found, "slack": round(_SLACK * sum(found.values())), "context": _CONTEXT}
+    return {**found, "slack": round(SLACK * sum(found.values())), "context": _CONTEXT}
 
 
 def need(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "peft") -> int:
@@ -105,7 +105,7 @@ def need(recipe: Recipe, settings: Settings, gpu: Gpu, backend: BackendName = "p
     choice = choice_for(recipe, settings, gpu, backend)
     on = conditions(recipe, choice, settings)
     held = sum(_held(recipe, settings, choice).values())
-    return round((1 + _SLACK) * (held + _peak(recipe, settings, on))) + _CONTEXT
+    return round((1 + SLACK) * (held + _peak(recipe, settings, on))) + _CONTEXT
 
 
 def hopeless(recipe: Recipe, settings: Settings, gpu: Gpu) -> bool:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recipes.stages import processes
 from recipes.stages.cells import CELLS, answer_cells, table_line
 from recipes.stages.classifier import Classifier, Scoring
 from recipes.stages.console import progress, say, typed
@@ -22,7 +23,7 @@ Answerer = Callable[[Sequence[str]], list[list[str]]]
 """Texts -> for each the cells of its answer."""
 
 # Rows that are answered, written and never answered again, whatever happens afterwards.
-_CHUNK = 1024
+CHUNK = 1024
 
 
 def texts(text: str | None) -> Iterable[str]:
@@ -109,26 +110,38 @@ def to_file(
     status = source.stat()
     order = {**made_with, "source": _mark(source), "bytes": status.st_size, "modified": status.st_mtime_ns}
     part, about = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
-    rows, size = _finished(part, about, order)
+    team = processes.team()
+    rows, size = processes.first(lambda: list(_finished(part, about, order)))
     if rows:
         say(f"{part}: {rows:,} rows are done, going on behind them")
     total = sum(1 for _ in csv_records(source, layout))
     records = (cells for _, cells in islice(csv_records(source, layout), rows, None))
-    with part.open("a", encoding="utf-8", newline="") as file, progress("answering", "rows") as bar:
-        # Whatever came after the last finished chunk may be half a row.
-        file.truncate(size)
+    writes = team.rank == 0
+    with (
+        (part if writes else Path(os.devnull)).open("a", encoding="utf-8", newline="") as file,
+        progress("answering", "rows") as bar,
+    ):
+        if writes:
+            # Whatever came after the last finished chunk may be half a row.
+            file.truncate(size)
         if not size:
             file.write(table_line((*layout.header, *names)))
         task = bar.add_task("", total=total, completed=rows)
-        while batch := list(islice(records, _CHUNK)):
-            file.writelines(map(table_line, _answered(batch, layout, text_column, answer, len(names))))
-            file.flush()
-            os.fsync(file.fileno())
+        while batch := list(islice(records, CHUNK * team.size)):
+            # Whole chunks to each process: what is computed together is the same, however many there are.
+            chunks = [batch[i : i + CHUNK] for i in range(0, len(batch), CHUNK)]
+            mine = [(n, list(_answered(c, layout, text_column, answer, len(names)))) for n, c in team.mine(chunks)]
+            answered = team.together(mine)
             rows += len(batch)
-            write_json(about, {"order": order, "rows": rows, "bytes": os.fstat(file.fileno()).st_size})
             bar.advance(task, len(batch))
-    part.replace(target)
-    about.unlink(missing_ok=True)
+            if writes:
+                file.writelines(table_line(cells) for chunk in answered for cells in chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(about, {"order": order, "rows": rows, "bytes": os.fstat(file.fileno()).st_size})
+    if writes:
+        part.replace(target)
+        about.unlink(missing_ok=True)
     return total
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from recipes.stages.run import Run, read_json
 
 # What may change without changing what is learned.
 _HARMLESS = ("checkpoint_minutes",)
-_DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
+DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Begun:
         return _from_json(Settings, self.config["settings"])
 
     @property
+    def processes(self) -> int:
+        return int(self.config.get("processes", 1))
+
+    @property
     def balance(self) -> Balance | None:
         return _from_json(Balance, self.config["balance"]) if "balance" in self.config else None
 
@@ -40,7 +44,26 @@ class Begun:
     def changes(self, config: dict[str, Any], choice: Choice) -> list[str]:
         """What is not as it was, a line each."""
         before, now = _flat(self.config, self.choice), _flat(config, choice.as_json())
+        if self.processes != config["processes"]:
+            # A batch of 8 in one process and of 4 in each of two are the same step.
+            for flat, processes in ((before, self.processes), (now, config["processes"])):
+                flat["examples per step"] = flat.pop("batch_size") * flat.pop("accumulation") * processes
         return [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+
+
+def dealt_out(settings: Settings, before: int, now: int) -> Settings:
+    """The settings under which `now` processes take the steps that `before` took, with no larger batch in any."""
+    if before == now:
+        return settings
+    whole = settings.batch_size * settings.accumulation * before
+    if whole % now:
+        able = ", ".join(str(n) for n in range(1, min(whole, 64) + 1) if whole % n == 0)
+        raise UserError(
+            f"--resume: a step of this training has {whole} examples, which {now} processes cannot share evenly; "
+            f"start {able}"
+        )
+    batch = max(size for size in range(1, settings.batch_size + 1) if whole // now % size == 0)
+    return replace(settings, batch_size=batch, accumulation=whole // now // batch)
 
 
 def begun(recipe: Recipe, path: Path | None) -> Begun:
@@ -82,7 +105,7 @@ def _flat(config: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
     """Names as the user knows them -> JSON values."""
     settings = {name: value for name, value in config["settings"].items() if name not in _HARMLESS}
     base = {f"base model's {name}": config["base_model"][name] for name in ("name", "size", "weights")}
-    decided = {f"{name} (choice.json)": choice[name] for name in _DECISIONS}
+    decided = {f"{name} (choice.json)": choice[name] for name in DECISIONS}
     data = {"training data": str(config.get("data_sha256"))[:12]}
     return json.loads(json.dumps({**settings, **config.get("balance", {}), **base, **decided, **data}))
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from recipes.stages import processes
 from recipes.stages.recipe import Recipe, UserError
 
 ROOT = Path("runs")
@@ -172,7 +173,11 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else trains in this folder meanwhile. The lock is the system's: it dies with its owner."""
+        """Nobody else trains in this folder meanwhile. The lock is the system's: it dies with its owner. Of several
+        processes that train together, the first holds it."""
+        if processes.rank():
+            yield
+            return
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

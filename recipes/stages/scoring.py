@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
+from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.train import Model
@@ -217,10 +218,12 @@ def score(
     batch_tokens: int | None = None,
     done: Callable[[int], None] = lambda count: None,
     include: Sequence[str] | None = None,
+    team: Team = ALONE,
 ) -> Scores:
     """Log-probabilities of codes in the order of the prompts.
 
-    tolerance 0 looks at all codes; `include` names, for each prompt, a code that is looked at in any case.
+    tolerance 0 looks at all codes; `include` names, for each prompt, a code that is looked at in any case. A team
+    shares the batches that one process would make, so that no number depends on how many there are.
     """
     encoded = [tuple(model.renderer.prompt(messages, max_length)) for messages in prompts]
     wanted = [codes.index[name] for name in include] if include is not None else [-1] * len(encoded)
@@ -238,16 +241,19 @@ def score(
         prefix = _Context(model.network, 1, start)
         if start:
             _read_texts(prefix, [encoded[0][:start]])
-        for batch in batches(different, start, codes, batch_tokens):
+        found: list[tuple[int, tuple[np.ndarray, int]]] = []
+        for _, batch in team.mine(list(batches(different, start, codes, batch_tokens))):
             context = _Context(model.network, len(batch), len(batch[0][0]) + walk.room)
             context.begin_with(prefix)
             logits = _read_texts(context, [text[start:] for text, _ in batch])
             states = walk.through(context, logits, [code for _, code in batch])
             for key, state in zip(batch, states, strict=True):
-                for row in same[key]:
-                    scores.log_p[row] = state.closed
-                    scores.expansions += state.expansions
+                found.append((same[key][0], (state.closed, state.expansions)))
                 done(len(same[key]))
+    for row, (log_p, expansions) in zip(sorted(rows[0] for rows in same.values()), team.together(found), strict=True):
+        alike = same[encoded[row], wanted[row]]
+        scores.log_p[alike] = log_p
+        scores.expansions += expansions * len(alike)
     return scores
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fallback.choose import Attention, Backend, CannotRun, Choice, Dtype, choose
 from fallback.patched import patched
+from recipes.stages import processes
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type, refuse_pickles
 from recipes.stages.checkpoint import step_of
 from recipes.stages.classifier import Known
@@ -43,9 +44,10 @@ def examples(recipe: Recipe, run: Run, split: str) -> list[Example]:
     return [recipe.to_example(row) for row in read_jsonl(run.data / f"{split}.jsonl")]
 
 
-def optimizer_steps(rows: int, settings: Settings) -> int:
+def optimizer_steps(rows: int, settings: Settings, world: int = 1) -> int:
     """As transformers' Trainer counts them; rows are those that an epoch draws."""
-    per_epoch = max(1, math.ceil(math.ceil(rows / settings.batch_size) / settings.accumulation))
+    batches = math.ceil(rows / (settings.batch_size * world))
+    per_epoch = max(1, math.ceil(batches / settings.accumulation))
     steps = math.ceil(per_epoch * settings.epochs)
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
@@ -53,7 +55,7 @@ def optimizer_steps(rows: int, settings: Settings) -> int:
 def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice: Choice) -> Model:
     backend = choice.module()
     backend.import_libraries(choice)
-    ensure_files(recipe, chosen)
+    processes.first_here(lambda: ensure_files(recipe, chosen))
     tokenizer = load_tokenizer(recipe, chosen.source)
     network = _base(backend, chosen, choice, settings.max_length)
     network = backend.add_lora(
@@ -135,6 +137,9 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         bf16=choice.dtype == "bfloat16",
         fp16=choice.dtype == "float16",
         use_cpu=choice.device == "cpu",
+        # Every LoRA matrix takes part in every step, and nothing here keeps a state in buffers.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         seed=settings.seed,
         logging_steps=1,
         # Otherwise a loss that is not a number is logged as zero.
@@ -143,7 +148,7 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         disable_tqdm=True,
         save_strategy="no",
         eval_strategy="steps",
-        eval_steps=math.ceil(steps / evaluations(steps, settings, len(validation.items))) if often else steps,
+        eval_steps=evaluated_every(steps, settings, validation) if often else steps,
         metric_for_best_model=f"eval_{validation.metric}",
         greater_is_better=validation.higher_is_better,
         max_length=None,
@@ -151,6 +156,11 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=choice.device == "cuda",
     )
+
+
+def evaluated_every(steps: int, settings: Settings, validation: Any) -> int:
+    trained = steps * settings.batch_size * settings.accumulation * processes.world()
+    return math.ceil(steps / evaluations(steps, trained, len(validation.items)))
 
 
 def render_all(
@@ -228,11 +238,13 @@ def train(
         classes = [names.index(str(example.label)) for example in items]
         sizes = list(validation.train_rows.values())
         drawn, objective = draws(sizes, balance), Objective.of(sizes, balance)
-    steps = optimizer_steps(sum(drawn), settings)
+    team = processes.team()
+    steps = optimizer_steps(sum(drawn), settings, team.size)
     trainable = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     say(
         f"training {trainable:,} parameters on {sum(drawn):,} examples: {steps:,} steps "
-        f"of {settings.batch_size} x {settings.accumulation}, backend {choice.backend}, {choice.dtype}"
+        f"of {settings.batch_size} x {settings.accumulation}{f' on each of {team.size} processes' * (team.size > 1)}, "
+        f"backend {choice.backend}, {choice.dtype}"
     )
     say(f"watch it: tensorboard --logdir {run.logs}")
     unfoldable = folding.obstacle(choice)
@@ -246,8 +258,8 @@ def train(
     replaced: dict[str, int] = {}
     with (
         progress("training", "steps") as bar,
-        (run.path / "steps.jsonl").open("a", encoding="utf-8") as steps_file,
-        (run.path / "validation.jsonl").open("a", encoding="utf-8") as validation_file,
+        appending(run.path / "steps.jsonl") as steps_file,
+        appending(run.path / "validation.jsonl") as validation_file,
     ):
         task = bar.add_task("", total=steps)
 
@@ -284,7 +296,7 @@ def train(
         checks = Validations(
             f"eval_{validation.metric}",
             validation.higher_is_better,
-            (lambda: save_adapter(model, run, validation.known)) if keep_best else None,
+            (lambda: save_adapter(model, run, validation.known, trainer)) if keep_best else None,
             on_validation,
         )
         stop = StopEarly(early, settings.log_every) if early else None
@@ -304,7 +316,7 @@ def train(
                 drawn,
                 settings.seed,
                 [len(r.input_ids) for r in rendered] if settings.accumulation > 1 else (),
-                settings.batch_size * settings.accumulation,
+                settings.batch_size * settings.accumulation * team.size,
             ),
             objective=objective,
             own_loss=choice.backend != "unsloth",
@@ -312,13 +324,13 @@ def train(
             model=model.network,
             # Whoever looks on is told of memory and energy, which an evaluation in between would make its own.
             args=sft_arguments(settings, choice, run, steps, validation, often=watch is None),
-            train_dataset=dataset(rendered, classes if objective else None),
+            train_dataset=dataset(rendered, classes if objective else None, filler=team.size > 1),
             eval_dataset=dataset(rendered[:1]),
             processing_class=model.tokenizer,
             data_collator=batches,
             callbacks=[record, checks, *([watched] if watched else []), safe, *([stop] if stop else [])],
         )
-        trainer.supervised_tokens = sum(line["supervised_tokens"] for line in before)
+        trainer.supervised_tokens = 0 if team.rank else sum(line["supervised_tokens"] for line in before)
         record.trainer = trainer
         if watched:
             watched.trainer = trainer
@@ -334,23 +346,28 @@ def train(
                 f"{settings.learning_rate / 3:.1g} --accept-changes"
             )
         if safe.asked is not None and len(losses) < steps and not (stop and stop.stopped_at):
+            if trainer.is_deepspeed_enabled:
+                raise Interrupted(
+                    f"stopped after step {len(losses)} of {steps}: no checkpoint, under DeepSpeed", 128 + safe.asked
+                )
             raise Interrupted(
                 f"stopped after step {len(losses)} of {steps}; go on with {going_on(recipe, run)}", 128 + safe.asked
             )
         if not keep_best:
-            save_adapter(model, run, validation.known)
+            save_adapter(model, run, validation.known, trainer)
     window = max(1, min(10, len(losses) // 5))
     measured: dict[str, Any] = {
         "trainable_parameters": trainable,
         "patched": replaced,
         "optimizer_steps": len(losses),
-        "supervised_tokens": int(trainer.supervised_tokens),
+        "supervised_tokens": trainer.seen()[0],
         "padded_tokens": batches.padded_tokens,
         "computed_tokens": batches.computed_tokens,
         **{f"train_{key}": value for key, value in counts.items()},
         "first_loss": sum(losses[:window]) / window,
         "final_loss": sum(losses[-window:]) / window,
         "memory_bytes": {**memory, "peak": memory_in_use(choice.device == "cuda", peak=True)},
+        "processes": team.size,
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trainer.seconds_before + trained - loaded, 2),
         "resumed_from_step": start or None,
@@ -405,13 +422,21 @@ def kept_lines(path: Path, steps: int) -> list[dict[str, Any]]:
         except ValueError:
             break
     lines = [line for line in lines if line["step"] <= steps]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    if processes.rank() == 0:
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def appending(path: Path) -> IO[str]:
+    """A log that the first process writes for all."""
+    return (path if processes.rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8")
 
 
 def going_on(recipe: Recipe, run: Run) -> str:
     """The command that goes on with this run."""
-    return f"python -m recipes.{recipe.name} train --resume --run {shlex.quote(str(run.path))}"
+    # Without the two dashes torchrun takes --run for the beginning of an option of its own.
+    started = "python -m" if processes.world() == 1 else f"torchrun --nproc_per_node {processes.world()} -m --"
+    return f"{started} recipes.{recipe.name} train --resume --run {shlex.quote(str(run.path))}"
 
 
 def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
@@ -434,10 +459,14 @@ def memory_in_use(cuda: bool, peak: bool = False) -> dict[str, int]:
     return found
 
 
-def save_adapter(model: Model, run: Run, known: Known | None = None) -> None:
+def save_adapter(model: Model, run: Run, known: Known | None = None, trainer: Any = None) -> None:
+    # Where the weights are divided among processes, all of them have to give their part.
+    whole = trainer.trained_weights() if trainer is not None and processes.sharded() else None
+    if processes.rank():
+        return
     with replacing_folder(run.adapter) as beside:
         # Embeddings are never trained here; to find that out by itself PEFT would ask the hub.
-        model.network.save_pretrained(beside, save_embedding_layers=False)
+        model.network.save_pretrained(beside, save_embedding_layers=False, state_dict=whole)
         model.tokenizer.save_pretrained(beside)
         if known:
             known.write(beside)
@@ -449,6 +478,7 @@ def decisions(
     """What training_config.json holds: everything that was decided before anything is computed with it."""
     config: dict[str, Any] = {"base_model": chosen.stored(), "notice": chosen.description, "preset": preset}
     config["data_sha256"] = data_digest(run)
+    config["processes"] = processes.world()
     config["settings"] = asdict(settings)
     if isinstance(balance, Balance):
         config["balance"] = asdict(balance)
@@ -471,8 +501,9 @@ def show(recipe: Recipe, run: Run, chosen: Chosen, count: int) -> None:
 def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_length: int) -> Model:
     """The base model with the run's adapter, ready to answer."""
     backend = choice.module()
+    processes.join(choice.device)
     backend.import_libraries(choice)
-    ensure_files(recipe, chosen)
+    processes.first_here(lambda: ensure_files(recipe, chosen))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
@@ -504,5 +535,6 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
         if wanted != "auto":
             raise
         choice = choose(kind, "auto", quantization)
-    print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
+    if processes.rank() == 0:
+        print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
     return run, chosen, choice, max_length

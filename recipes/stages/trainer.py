@@ -8,20 +8,25 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from transformers import PrinterCallback
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes.stages import checkpoint
+from recipes.stages import checkpoint, processes
 from recipes.stages.callbacks import Watch
 from recipes.stages.folding import by_example, folded, understood
 from recipes.stages.losses import Objective
+from recipes.stages.processes import Team
 from recipes.stages.render import IGNORED, Rendered
 from recipes.stages.run import Run
 
@@ -108,6 +113,23 @@ class Drawn(torch.utils.data.Sampler[int]):
         return iter(rows.tolist())
 
 
+class Dealt(torch.utils.data.BatchSampler):
+    """This process's part of every batch. Together the processes take at each step the rows that one process with the
+    whole batch would take, to the uneven end of the last; who is left without one gets the filler."""
+
+    def __init__(self, sampler: Drawn, batch_size: int, team: Team, filler: int):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.team, self.filler = team, filler
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.batch_size * self.team.size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = iter(self.sampler)
+        while whole := list(islice(rows, self.batch_size * self.team.size)):
+            yield whole[self.team.rank :: self.team.size] or [self.filler]
+
+
 class RecipeTrainer(SFTTrainer):
     supervised_tokens: torch.Tensor | int = 0
     resumed: Any = None
@@ -143,6 +165,24 @@ class RecipeTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Drawn:
         return self.sampler
 
+    def get_train_dataloader(self) -> Any:
+        """accelerate would fill an uneven end with rows from the beginning, which one process does not see twice."""
+        team = processes.team()
+        if team.size == 1:
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=Dealt(self.sampler, self.args.train_batch_size, team, filler=len(self.train_dataset) - 1),
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def seen(self) -> tuple[int, float]:
+        """Supervised tokens and their negative log-likelihood so far, of all processes, which all have to ask."""
+        tokens, surprise = processes.summed([float(self.supervised_tokens), float(self.negative_log_likelihood)])
+        return int(tokens), surprise
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()
@@ -173,6 +213,10 @@ class RecipeTrainer(SFTTrainer):
             return -outputs.log_probs.sum() / num_items_in_batch * self.accelerator.num_processes
         log_p = by_example(outputs.log_probs, inputs.get("fold"))
         self.negative_log_likelihood -= log_p.detach().sum()
+        if self.args.world_size > 1:
+            # A filler has no answer, and with a prior's offset would have a loss all the same.
+            answered = supervised(inputs) > 0
+            log_p, classes = log_p[answered], classes[answered]
         # The mass is that of all processes, whose gradients will be averaged.
         return self.objective.loss(log_p, classes, num_items_in_batch) * self.accelerator.num_processes
 
@@ -180,22 +224,39 @@ class RecipeTrainer(SFTTrainer):
     # the methods that it goes through when it resumes.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_deepspeed_enabled:
+            # Its optimiser's parts are its own, in a form of its own.
+            return
         scaler = getattr(self.accelerator, "scaler", None)
         state = {
-            "weights": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
-            "optimizer": self.optimizer.state_dict(),
+            "weights": self.trained_weights(),
+            "optimizer": tree_map(_whole, self.optimizer.state_dict()),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
-            "random": random_state(),
+            "random": processes.gathered(random_state()),
             "seconds": self.seconds_before + time.perf_counter() - self.began,
         }
         history = json.dumps(asdict(self.state), sort_keys=True)
-        checkpoint.save(self.run, self.state.global_step, state, history)
+        if processes.rank() == 0:
+            checkpoint.save(self.run, self.state.global_step, state, history)
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Whole, wherever they are: where they are divided among processes, all of them have to ask."""
+        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.is_deepspeed_enabled:
+            return tree_map(_whole, found)
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(found.values())):
+            return {name: p.detach().cpu().clone() for name, p in found.items()}
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is not None:
             self.resumed = checkpoint.load(Path(resume_from_checkpoint))
             self.seconds_before = self.resumed["seconds"]
+        if processes.rank():
+            # Dropout and NEFTune's noise are to fall differently on the rows of each process.
+            torch.manual_seed(self.args.seed + processes.rank())
         self.began = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -204,11 +265,17 @@ class RecipeTrainer(SFTTrainer):
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(weights[name])
+                    parameter.copy_(_divided(weights[name], parameter))
 
     def _load_optimizer_and_scheduler(self, *_: Any) -> None:
         if self.resumed is not None:
-            self.optimizer.load_state_dict(self.resumed["optimizer"])
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            stored = self.resumed["optimizer"]
+            of_each = {
+                number: {name: _divided(value, parameters[number]) for name, value in state.items()}
+                for number, state in stored["state"].items()
+            }
+            self.optimizer.load_state_dict({**stored, "state": of_each})
             self.lr_scheduler.load_state_dict(self.resumed["scheduler"])
 
     def _load_scaler(self, *_: Any) -> None:
@@ -216,7 +283,12 @@ class RecipeTrainer(SFTTrainer):
             self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
 
     def _load_rng_state(self, *_: Any) -> None:
-        set_random_state(self.resumed["random"])
+        stored = self.resumed["random"]
+        if len(stored) == processes.world():
+            set_random_state(stored[processes.rank()])
+        else:
+            # Nobody's noise can go on where it was; at least it is not that of the beginning.
+            torch.manual_seed(self.args.seed + processes.rank() + 1_000_003 * self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """By answers, not by tokens: what counts is whether the code is right."""
@@ -227,6 +299,18 @@ class RecipeTrainer(SFTTrainer):
         self.model.train()
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _whole(value: Any) -> Any:
+    """FSDP leaves a part of each tensor in each process."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _divided(value: Any, like: torch.Tensor) -> Any:
+    """A whole tensor as FSDP keeps this parameter, and what an optimiser keeps for it."""
+    if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def random_state() -> dict[str, Any]:
@@ -248,9 +332,14 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None) -> Any:
+def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None, filler: bool = False) -> Any:
+    """With a filler: a last row, not drawn, that carries no loss."""
     from datasets import Dataset
 
+    if filler:
+        shortest = min(rendered, key=lambda r: len(r.input_ids))
+        rendered = [*rendered, replace(shortest, labels=[IGNORED] * len(shortest.labels))]
+        classes = None if classes is None else [*classes, 0]
     columns: dict[str, Any] = {
         "input_ids": [r.input_ids for r in rendered],
         "labels": [r.labels for r in rendered],

@@ -1,6 +1,7 @@
 """Looking at a training from outside itself: how good the answers are by now, on a part of the validation split."""
 
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.stages import processes
 from recipes.stages.classifier import Known
 from recipes.stages.recipe import Example, Sampling, Settings
 
@@ -23,10 +25,15 @@ _VALIDATION_SHARE = 0.08
 VALIDATION_ANSWERS = 200
 
 
-def evaluations(steps: int, settings: Settings, validation_rows: int) -> int:
+def evaluations(steps: int, trained_rows: int, validation_rows: int) -> int:
     """How many evaluations the training can afford; the last one is at its end."""
-    trained_rows = steps * settings.batch_size * settings.accumulation
     return max(1, min(20, int(_VALIDATION_SHARE * trained_rows / (_VALIDATION_COST * validation_rows))))
+
+
+def _sharing() -> processes.Team:
+    """With whole weights each process looks at its part. With divided ones every forward pass is everybody's, so that
+    all look at everything."""
+    return processes.ALONE if processes.sharded() else processes.team()
 
 
 def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Example]:
@@ -84,7 +91,7 @@ class ClassValidation:
         true = [example.answer for example in self.items]
         prompts = [example.prompt for example in self.items]
         # As exact as answering will be: a temperature fitted to rougher probabilities was off by half.
-        log_p = score(self.model, codes, prompts, self.max_length, include=true).log_p
+        log_p = score(self.model, codes, prompts, self.max_length, include=true, team=_sharing()).log_p
         predicted = [codes.names[i] for i in log_p.argmax(axis=1)]
         of_true = log_p[np.arange(len(true)), [codes.index[name] for name in true]]
         correct = np.array([t == p for t, p in zip(true, predicted, strict=True)])
@@ -132,11 +139,11 @@ class AnswerValidation:
         from recipes.stages.likelihood import answer_loss
 
         began = time.perf_counter()
-        found = answer_loss(self.model, self.items, self.max_length)
+        found = answer_loss(self.model, self.items, self.max_length, team=_sharing())
         shown = self.items[:3]
         brief = replace(self.sampling, temperature=0.0, max_new_tokens=min(40, self.sampling.max_new_tokens))
         answers = generate(self.model, [item.prompt for item in shown], brief, self.stop, self.max_length)
-        with self.log.open("a", encoding="utf-8") as file:
+        with (self.log if processes.rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8") as file:
             for item, answer in zip(shown, answers, strict=True):
                 line = {"loss": found["loss"], "question": item.text, "answer": answer.text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
