@@ -141,6 +141,7 @@ def test_a_merged_model_is_complete(merged: Path, base: Path) -> None:
     words = json.loads((merged / "tokenizer_config.json").read_text())
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert words["add_bos_token"] is True
+    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {0o644}
     for path in merged.glob("*.json"):
         assert str(base.parent) not in path.read_text(encoding="utf-8"), path
 

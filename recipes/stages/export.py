@@ -179,6 +179,9 @@ def _write(
     }
     if more:
         more(folder, model)
+    for path in folder.iterdir():
+        # Weights are written for their owner's eyes alone, and a server runs under another name.
+        path.chmod(0o644)
     del model, network
     free_memory()
     again = load_whole(recipe, folder, choice, source.max_length)
