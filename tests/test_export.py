@@ -141,6 +141,7 @@ def test_a_merged_model_is_complete(merged: Path, base: Path) -> None:
     words = json.loads((merged / "tokenizer_config.json").read_text())
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert words["add_bos_token"] is True
+    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {0o644}
     for path in merged.glob("*.json"):
         assert str(base.parent) not in path.read_text(encoding="utf-8"), path
 
@@ -194,6 +195,24 @@ def test_what_agrees_and_what_does_not() -> None:
     assert (told["same_answers"], told["answers_that_part_at_a_tie"]) == (0, 1)
     far = seen([[2, 1]], [[[2.0, 0.0, -1.0], [0.0, 1.0, -1.0]]])
     assert export.agreement(adapter, untrained, far, far, "bfloat16")["answers_that_part_at_a_tie"] == 0
+
+
+def test_each_measure_refuses_by_itself(tmp_path: Path) -> None:
+    good = {
+        "half_digits_off": 1.0, "half_digits_allowed": 2.0, "rms_difference": 0.01, "rms_allowed": 0.1, "prompts": 8,
+        "same_answers": 7, "answers_that_part_at_a_tie": 1,
+    }  # fmt: skip
+    source = source_of("llama_1b_civil", tmp_path)
+    export.refuse_other_answers(source, good)
+    for bad in (
+        {"half_digits_off": 2.1},
+        {"half_digits_off": float("nan")},
+        {"rms_difference": 0.11},
+        {"rms_difference": float("nan")},
+        {"answers_that_part_at_a_tie": 0},
+    ):
+        with pytest.raises(UserError, match="is not the adapter on its base model"):
+            export.refuse_other_answers(source, {**good, **bad})
 
 
 def test_what_cannot_be_exported(
