@@ -295,6 +295,7 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     """Ends the process; what the user can mend is one line on standard error."""
     try:
         do(list(arguments))
+        processes.leave()
     except (UserError, CannotRun) as error:
         if processes.speaks():
             print(f"error: {error}", file=sys.stderr)
@@ -321,7 +322,6 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-    processes.leave()
     sys.exit(0)
 
 

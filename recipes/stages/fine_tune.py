@@ -87,9 +87,8 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
             if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
                 raise
             if not alone:
-                step_down(run, choice, error)
-                floor = BACKENDS[-1]
-                raise UserError(f"{choice.backend} died before its first step; take --backend {floor}") from error
+                traceback.print_exception(error)
+                raise UserError(f"{choice.backend}: {how_it_died(error)}; take --backend {BACKENDS[-1]}") from error
             raise StartOver(step_down(run, choice, error)) from error
         if processes.rank() == 0:
             run.add_metrics(base_model=chosen.stored(), train=metrics)
@@ -188,11 +187,15 @@ def backends_that_died(path: Path | None) -> dict[str, str]:
 def step_down(run: Run, choice: Choice, error: Exception) -> dict[str, str]:
     """Before the first step nothing is lost yet: the flags that take the next rung of the ladder."""
     traceback.print_exception(error)
-    (reason, *_) = str(error).strip().splitlines() or [""]
-    died = f"it died before its first step was done ({type(error).__name__}: {reason})"
+    died = how_it_died(error)
     write_json(run.path / "stepped_down.json", {choice.backend: died})
     say(f"{choice.backend}: {died}; the whole message is in {run.logs / 'libraries.log'}; stepping down")
     return {"--run": str(run.path)}
+
+
+def how_it_died(error: Exception) -> str:
+    (reason, *_) = str(error).strip().splitlines() or [""]
+    return f"it died before its first step was done ({type(error).__name__}: {reason})"
 
 
 def smaller_batch(run: Run, settings: Settings) -> dict[str, str]:
