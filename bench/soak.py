@@ -192,7 +192,7 @@ def known(args: Soak, made_by: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def drawn(seed: int, name: str, setting: int) -> list[str]:
     """Flags of a training."""
     chance = random.Random(f"{seed} {name} {setting}")
-    flags = ["--backend", chance.choice(("unsloth", "peft")), "--max-steps", str(chance.randint(6, 24))]
+    flags = ["--backend", chance.choice(("unsloth", "peft")), "--max-steps", str(chance.randint(8, 24))]
     flags += ["--seed", str(chance.randint(0, 999)), "--checkpoint-minutes", chance.choice(("0", "0", "0.01", "0.03"))]
     flags += ["--neftune-alpha", chance.choice(("0", "5")), "--quantization", chance.choice(("none", "none", "4bit"))]
     if name == "gemma3_12b_opercode":
@@ -262,9 +262,9 @@ def kill_and_resume(
                 time.sleep(0.01)
             while process.poll() is None and aim not in (None, phase(run, whole, had, since)):
                 time.sleep(0.003)
-            time.sleep(chance.random() * (0.5 if aim is None else 0.3 if aim == VALIDATION else 0.02))
+            time.sleep(chance.random() * (0.2 if aim in (None, VALIDATION) else 0.02))
             # Whoever asks politely behind the last step finds the training about to end anyway.
-            asked = () if aim == FINAL else (signal.SIGTERM, signal.SIGINT)
+            asked = (signal.SIGTERM, signal.SIGINT) if aim is None and reached < 0.7 * len(whole.steps) else ()
             how = chance.choice((signal.SIGKILL, signal.SIGKILL, *asked))
             if process.poll() is None:
                 process.send_signal(how)
