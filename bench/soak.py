@@ -256,7 +256,7 @@ def kill_and_resume(
         process = commands.start("train", *(["--resume"] if begun else flags), "--run", "run")
         if len(stops) < planned:
             # Anywhere between the start and the end; some phases are so short that chance alone would miss them.
-            reached = chance.randint(had, len(whole.steps) - 1)
+            reached = chance.randint(min(had, len(whole.steps) - 1), len(whole.steps) - 1)
             aim = chance.choice((None, None, None, VALIDATION, FINAL, *often))
             while process.poll() is None and len(_lines(run)) < reached and aim != FINAL:
                 time.sleep(0.01)
