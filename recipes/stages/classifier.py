@@ -1,5 +1,6 @@
 """A trained run whose answer is one of a closed set, ready to be asked: for Python programs and for our stages."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from fallback.choose import Backend
 from recipes.stages.console import held_back
 from recipes.stages.recipe import Message, Recipe, UserError
-from recipes.stages.run import Run, read_json, write_json
+from recipes.stages.run import NOT_OURS, BrokenFile, Run, read_json, write_json
 
 UNSURE = "unsure"
 
@@ -54,8 +55,16 @@ class Known:
 
     @classmethod
     def of(cls, run: Run) -> "Known":
-        stored = read_json(run.adapter / "classes.json")
-        return cls(stored["train_rows"], stored["temperature"])
+        path = run.adapter / "classes.json"
+        stored = read_json(path)
+        try:
+            known = cls({str(code): int(rows) for code, rows in stored["train_rows"].items()}, stored["temperature"])
+            sound = known.train_rows and 0 < float(known.temperature) < math.inf
+        except (KeyError, TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise BrokenFile(f"{path}: {NOT_OURS}")
+        return known
 
 
 @dataclass
