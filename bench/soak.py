@@ -207,7 +207,7 @@ def cycle(workshop: Workshop, number: int) -> dict[str, Any]:
     began = time.monotonic()
     chance = random.Random(f"{workshop.seed} {number}")
     turn, recipe = divmod(number, len(NAMES))
-    name, setting, fresh = NAMES[recipe], chance.randrange(SETTINGS), turn % _FRESH == 0
+    name, setting, fresh = NAMES[recipe], chance.randrange(SETTINGS), turn % _FRESH == _FRESH - 1
     flags = drawn(workshop.seed, name, setting)
     stops: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -249,7 +249,8 @@ def kill_and_resume(
     """Until the training is done, stop it at one to three random moments; `stops` is told of them."""
     run, planned = commands.folder / "run", chance.randint(1, 3)
     # Of the phases that not every training has, those that this one has often.
-    often = [BEST] * ("--eval-rows" in flags) + [CHECKPOINT] * (flags[flags.index("--checkpoint-minutes") + 1] == "0")
+    every_step = flags[flags.index("--checkpoint-minutes") + 1] == "0"
+    often = [BEST] * ("--eval-rows" in flags and len(whole.validated) > 1) + [CHECKPOINT] * every_step
     for _ in range(_MOST_TRIES):
         begun = (run / "training_config.json").is_file()
         had, since = len(_lines(run)), time.time()

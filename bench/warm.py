@@ -18,10 +18,12 @@ from typing import Any, Protocol
 from fallback.choose import choose
 
 ROOT = Path(__file__).parents[1]
-# What train, evaluate and predict import only after the backend's libraries.
+# What train, evaluate and predict import, some of it only after the backend's libraries.
 _LATER = (
-    "recipes.stages.trainer", "recipes.stages.callbacks", "recipes.stages.losses", "matplotlib.pyplot",
-    "torch.utils.tensorboard",
+    "recipes.stages.trainer", "recipes.stages.callbacks", "recipes.stages.losses", "recipes.stages.cli",
+    "matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "peft.tuners.lora.bnb", "sacrebleu",
 )  # fmt: skip
 
 
@@ -96,6 +98,8 @@ def main(backend: Any) -> None:
     choice.module().import_libraries(choice)
     for name in _LATER:
         importlib.import_module(name)
+    # Half a second of regular expressions, which transformers compiles when a model is loaded and keeps.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
