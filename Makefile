@@ -51,7 +51,7 @@ $(OLDEST)/.installed: pyproject.toml | setup
 fuzz: setup
 	FUZZ_FILES=10000 FUZZ_OUT=results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py -q
 
-# Hours: 200 trainings killed at random moments, resumed, evaluated and asked.
+# An hour or more: 200 trainings killed at random moments, resumed, evaluated and asked.
 soak: setup
 	$(BIN)/python -m bench soak --out results/soak.json
 

@@ -18,7 +18,7 @@ from bench.recipes import table
 from bench.statistics import RATIO_LEVEL
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
-from recipes.stages.run import read_json, write_whole
+from recipes.stages.run import read_json, replacing, write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -178,5 +178,6 @@ def picture(summary: dict[str, Any], file: Path) -> None:
         axis.set_title(f"{title}, Unsloth / PEFT", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(found)), [name for name, _ in found])
-    figure.savefig(file, dpi=110)
+    with replacing(file) as beside:
+        figure.savefig(beside, dpi=110, format="png")
     pyplot.close(figure)

@@ -17,7 +17,7 @@ from typing import Any
 from bench.case import Case
 from recipes.stages.console import private
 from recipes.stages.recipe import UserError
-from recipes.stages.run import read_json, read_jsonl, write_json
+from recipes.stages.run import BrokenFile, read_json, read_jsonl, write_json, write_whole
 
 TAIL = 15
 """Lines of a failed case's log that its row keeps."""
@@ -32,8 +32,8 @@ def finished(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
         try:
             for row in read_jsonl(file):
                 rows[row["recipe"], row["arm"], row["repeat"]] = row
-        except json.JSONDecodeError:
-            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()), "utf-8")
+        except BrokenFile:
+            write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
     return rows
 
 

@@ -65,6 +65,32 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     one_line(done, "No space left on device")
 
 
+ANSWER = """
+import sys
+from pathlib import Path
+from recipes.stages.cli import as_command
+from recipes.stages.predict import to_file
+from bench.report import deliver
+def table(_):
+    to_file(Path("in.csv"), Path("disk/out.csv"), "text", ["answer"], lambda texts: [["x" * 99]] * len(texts), {})
+def figures(_):
+    deliver({"rows": ["x" * 99] * 9999}, Path("disk/out.json"), False)
+as_command({"table": table, "figures": figures}[sys.argv[1]], [])
+"""
+
+
+def test_answers_and_measurements_are_the_old_ones_or_the_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(9_000)))
+    (tmp_path / "answer.py").write_text(ANSWER)
+    for what, file in (("table", "out.csv"), ("figures", "out.json")):
+        done = on_a_disk(
+            tmp_path, "200k", f"echo old > disk/{file}; python answer.py {what}; echo rc $?; cat disk/{file}; ls disk"
+        )
+        left = ["out.csv", "out.csv.part", "out.csv.part.json"] if what == "table" else ["out.json"]
+        assert done.stdout.split() == ["rc", "2", "old", *left]
+        one_line(done, "No space left on device")
+
+
 def test_prepare_leaves_a_whole_run_or_none(tmp_path: Path) -> None:
     (tmp_path / "payments.csv").write_text(
         "PaymentComment,OperCode\n" + "".join(f"payment for goods {i},{i % 4}\n" for i in range(20_000))

@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from recipes.stages import checkpoint
+from recipes.stages import checkpoint, crash, resume
+from recipes.stages.fine_tune import backends_that_died
+from recipes.stages.prepare import SAMPLES
 from recipes.stages.recipe import UserError
-from recipes.stages.run import Run, read_json, read_jsonl, replacing_folder
+from recipes.stages.run import Run, read_json, read_jsonl, replacing_folder, write_json
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 # Everything that could make a difference: a sampler, a rule to stop by, noise from a random generator.
@@ -118,6 +121,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     )  # fmt: skip
     assert second.returncode == 2
     assert f"process {process.pid} is training there" in second.stderr
+    data = folder / "run" / "data" / "train.jsonl"
+    before = data.stat().st_ino, data.read_bytes()
+    for others in (["prepare", "--seed", "7"], ["train", "--backend", "peft", "--source", SAMPLES / "civil.csv"]):
+        other = subprocess.run(
+            [sys.executable, "-m", CIVIL[0], *others, "--run", "run"],
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert other.returncode == 2, other.stdout
+        assert f"process {process.pid} is training there" in other.stderr
+    assert (data.stat().st_ino, data.read_bytes()) == before
+    assert not list((folder / "run").glob(".data.making*"))
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     return folder, process.returncode, said
@@ -207,6 +221,7 @@ def add_lora(*args, **kwargs):
     return model
 backend.add_lora = add_lora
 """
+FAULT = "import ctypes; ctypes.string_at(0)"
 
 
 def test_a_backend_that_dies_in_its_first_step_is_stepped_down_from(command: Command, tmp_path: Path) -> None:
@@ -223,10 +238,51 @@ def test_a_backend_that_dies_in_its_first_step_is_stepped_down_from(command: Com
     assert "in die" in (tmp_path / "down" / "logs" / "libraries.log").read_text()
     assert command(*CIVIL, *few, "--backend", "peft", "--run", "plain").returncode == 0
     assert weights(tmp_path / "down") == weights(tmp_path / "plain")
+    # What is begun anew tries it again, in the same folder too; what goes on does not.
+    asked = SimpleNamespace(run=tmp_path / "down", resume=True, backend="auto")
+    assert set(backends_that_died(asked)) == {"unsloth"}
+    assert backends_that_died(SimpleNamespace(**{**vars(asked), "resume": False})) == {}
+    assert command(*CIVIL, *few, "--run", "down").returncode == 0
+    assert read_json(tmp_path / "down" / "choice.json")["backend"] == "unsloth"
+    assert backends_that_died(asked) == {}
     # Who names a backend means it.
     done = command(*CIVIL, *few, "--backend", "unsloth", "--run", "named", env=env)
     assert done.returncode not in (0, 2)
     assert "no kernel image" in done.stderr
+
+
+def test_a_backend_that_dies_of_native_code_is_stepped_down_from_by_resuming(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    # What an instruction or an address does that is none.
+    fault = STEP_DOWN.replace('raise RuntimeError("no kernel image is available for execution on the device")', FAULT)
+    (tmp_path / "broken" / "sitecustomize.py").write_text(fault)
+    env = {"PYTHONPATH": f"{tmp_path / 'broken'}:{ROOT}"}
+    few = ("--max-steps", "2", "--early-stopping", "off")
+    run = tmp_path / "runs" / "llama_1b_civil" / "20200101-000000-aaaa"
+    done = command(*CIVIL, *few, "--run", str(run), env=env)
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    assert "in die" in (run / "logs" / "crash.txt").read_text()
+    done = command(*CIVIL, "--resume", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unsloth: it died before its first step was done (Segmentation fault" in done.stdout
+    choice = read_json(run / "choice.json")
+    assert choice["backend"] == "peft"
+    assert "Segmentation fault" in choice["reasons"]["backend"]
+    assert len(learned(run)) == 2
+    assert not (run / "logs" / "crash.txt").exists()
+
+
+def test_who_named_the_backend_goes_on_with_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.logs.mkdir()
+    (run.logs / "crash.txt").write_text("Fatal Python error: Illegal instruction\n\n  File ...\n")
+    for reason, expected in (("--backend unsloth", "unsloth"), ("Unsloth imports and runs here", "auto")):
+        choice = {"backend": "unsloth", "reasons": {"backend": reason}}
+        write_json(tmp_path / "choice.json", choice)
+        assert resume.Begun(run, {}, choice).backend == expected
+    assert crash.before_first_step(run) == "Illegal instruction"
+    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n')
+    assert crash.before_first_step(run) is None
 
 
 def test_what_a_checkpoint_holds_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recipes.stages.base_model import Chosen
 from recipes.stages.console import say, typed, write
 from recipes.stages.memory import asker
 from recipes.stages.recipe import Message, Recipe, Sampling
-from recipes.stages.run import Run, read_json, write_json
+from recipes.stages.run import Run, write_json
 from recipes.stages.train import Model
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -70,7 +71,7 @@ def save(name: str, recipe: Recipe, run: Run, sampling: Sampling, history: list[
     transcript: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run.path),
-        "model": read_json(run.config)["notice"],
+        "model": Chosen.opened(run.config).description,
         "sampling": asdict(sampling),
         "messages": [asdict(message) for message in history],
     }

@@ -1,5 +1,6 @@
 """A trained run whose answer is one of a closed set, ready to be asked: for Python programs and for our stages."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from recipes.stages.console import held_back
 from recipes.stages.exported import Exported
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Recipe, UserError
-from recipes.stages.run import Run, read_json, write_json
+from recipes.stages.run import NOT_OURS, BrokenFile, Run, read_json, write_json
 
 UNSURE = "unsure"
 
@@ -61,8 +62,16 @@ class Known:
 
     @classmethod
     def at(cls, folder: Path) -> "Known":
-        stored = read_json(folder / "classes.json")
-        return cls(stored["train_rows"], stored["temperature"])
+        path = folder / "classes.json"
+        stored = read_json(path)
+        try:
+            known = cls({str(code): int(rows) for code, rows in stored["train_rows"].items()}, stored["temperature"])
+            sound = known.train_rows and 0 < float(known.temperature) < math.inf
+        except (KeyError, TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise BrokenFile(f"{path}: {NOT_OURS}")
+        return known
 
 
 @dataclass

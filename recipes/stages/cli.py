@@ -492,7 +492,7 @@ def parse_train(recipe: Recipe, stage: str, given: list[str]) -> Any:
         size=chosen.size,
         weights=None if chosen.name != recipe.base.hub_id else chosen.weights,
         model=None if chosen.name == recipe.base.hub_id else chosen.name,
-        backend=begun.choice["backend"],
+        backend=begun.backend,
     )
     return parse(recipe, stage, kind, given, default)
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes.stages import processes
+from recipes.stages.base_model import Chosen
 from recipes.stages.cells import CELLS, table_line
 from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
-from recipes.stages.run import Run, read_json, write_json, writing
+from recipes.stages.run import Run, write_json, writing
 from recipes.stages.train import Model, examples
 
 # Questions whose answers are shown beside the references and the base model's.
@@ -77,7 +78,7 @@ def cases(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length
     if processes.rank():
         return
     with writing(run.path / "cases.md") as file:
-        file.write(f"# Fixed questions\n\nModel: {read_json(run.config)['notice']}.\n")
+        file.write(f"# Fixed questions\n\nModel: {Chosen.opened(run.config).description}.\n")
         for (title, question), answer in zip(recipe.cases.items(), answers, strict=True):
             text = answer.text + (f"\n\n{recipe.notice}" if recipe.notice else "")
             file.write(f"\n## {title}\n\n{question}\n\n{text}\n")
@@ -86,7 +87,7 @@ def cases(recipe: Recipe, run: Run, model: Model, sampling: Sampling, max_length
 
 
 def _write_side_by_side(run: Run, predictions: Sequence[Prediction], untrained: Sequence[str]) -> None:
-    notice = read_json(run.config)["notice"]
+    notice = Chosen.opened(run.config).description
     with writing(run.path / "answers.md") as file:
         file.write(f"# Answers to {len(predictions)} questions of the test split\n\nBase model: {notice}.\n")
         for number, (p, before) in enumerate(zip(predictions, untrained, strict=True), 1):

@@ -7,13 +7,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
 from fallback.gpu import read_gpu
-from recipes.stages import checkpoint, prepare, processes, resume, train
+from recipes.stages import checkpoint, crash, prepare, processes, resume, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Settings, StartOver, UserError
@@ -40,7 +40,11 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     say(f"{recipe.name}, size {chosen.size}: {chosen.description}")
     if chosen.weights == "pretrained":
         published_config(chosen)
-    failed = backends_that_died(args.run) | (_UNTRIED if processes.sharded() else {})
+    died = backends_that_died(args)
+    if begun is not None and begun.choice["backend"] in died:
+        # It died before a step was done: there is nothing to go on with but the settings.
+        begun = None
+    failed = died | (_UNTRIED if processes.sharded() else {})
     choice = choose(
         model_type(recipe, chosen),
         args.backend,
@@ -57,15 +61,18 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         say(
             f"preset {args.preset}: batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
         )
-    if begun is not None and args.source is not None:
+    if args.resume and args.source is not None:
         raise UserError("--resume: the data are those of the run; leave --source away")
     choice.module()
     processes.join(choice.device)
     agreed(choice)
-    run = Run(Path(processes.first(lambda: str(prepared(recipe, args, chosen).path))))
-    with run.locked(), held_back(run.logs / "libraries.log"):
+    with ExitStack() as training:
+        run = Run(Path(processes.first(lambda: str(prepared(recipe, args, chosen, training).path))))
+        training.enter_context(held_back(run.logs / "libraries.log"))
         found = processes.first(lambda: _name(begin(recipe, run, args, chosen, choice, begun)))
         start = Path(found) if found else None
+        if processes.rank() == 0:
+            training.enter_context(crash.recorded(run))
         try:
             metrics = train.train(recipe, run, settings, chosen, choice, args.balance, watch, start)
         except (UserError, CannotRun):
@@ -100,16 +107,18 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     return run, chosen, choice, settings
 
 
-def prepared(recipe: Recipe, args: Any, chosen: Chosen) -> Run:
-    """A run with data."""
+def prepared(recipe: Recipe, args: Any, chosen: Chosen, training: ExitStack) -> Run:
+    """A run with data, and its lock in `training`."""
     if args.run is not None and Run(args.run).prepared and args.source is None:
         run = Run(args.run)
+        training.enter_context(run.locked())
         prepare.tell(run, read_json(run.data / "metadata.json"))
         return run
     settings: Settings = args.settings
     return prepare.prepare(
-        recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen)
-    )
+        recipe, args.source, args.options, settings.seed, args.run, settings.max_length, tokenizer_file(chosen),
+        training=training,
+    )  # fmt: skip
 
 
 def agreed(choice: Choice) -> None:
@@ -135,6 +144,8 @@ def begin(
     config = train.decisions(run, args.settings, chosen, args.balance, args.preset)
     if begun is None:
         run.forget_training()
+        if not (args.resume or _AGAIN in os.environ):
+            (run.path / "stepped_down.json").unlink(missing_ok=True)
         write_json(run.path / "environment.json", environment())
         train.record(run, config, choice)
         return None
@@ -153,7 +164,12 @@ def begin(
         say(told)
         config["changes"] = [*config.get("changes", begun.config.get("changes", [])), told]
         train.record(run, config, choice)
-    before, now = read_json(run.path / "environment.json")["versions"], environment()["versions"]
+    try:
+        before = dict(read_json(run.path / "environment.json")["versions"])
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        # It decides nothing.
+        before = {}
+    now = environment()["versions"]
     if other := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
         say(f"other versions than at its beginning, so the result may differ in its last digits: {', '.join(other)}")
     start, damaged = checkpoint.newest(run)
@@ -165,6 +181,11 @@ def begin(
 
 def offer_to_resume(recipe: Recipe) -> None:
     for run in resume.newest_first(recipe)[:1]:
+        if run.unfinished and (fault := crash.before_first_step(run)):
+            say(
+                f"{run.path} died before its first step was done ({fault}); if this does too, go on with the next "
+                f"backend: {train.going_on(recipe, run)} --backend auto"
+            )
         start, _ = checkpoint.newest(run)
         if run.unfinished and start is not None:
             say(
@@ -178,17 +199,31 @@ def steps_done(run: Run) -> int:
     return len(record.read_bytes().splitlines()) if record.is_file() else 0
 
 
-def backends_that_died(path: Path | None) -> dict[str, str]:
-    """Backend -> how, in an attempt of this very run."""
-    record = path and path / "stepped_down.json"
-    return read_json(record) if record and record.is_file() else {}
+_AGAIN = "RECIPES_STARTED_OVER"
+"""Set in the environment of a command that is given again."""
+
+
+def backends_that_died(args: Any) -> dict[str, str]:
+    """Backend -> how, in an attempt of this very training; one that is begun anew tries them again."""
+    if args.run is None or not (args.resume or _AGAIN in os.environ):
+        return {}
+    run, record = Run(args.run), args.run / "stepped_down.json"
+    died = read_json(record) if record.is_file() else {}
+    if args.resume and args.backend == "auto" and (fault := crash.before_first_step(run)):
+        backend = read_json(run.path / "choice.json")["backend"]
+        if backend != BACKENDS[-1]:
+            died[backend] = f"it died before its first step was done ({fault}; see {run.logs / 'crash.txt'})"
+            write_json(record, died)
+            say(f"{backend}: {died[backend]}; stepping down")
+    return died
 
 
 def step_down(run: Run, choice: Choice, error: Exception) -> dict[str, str]:
     """Before the first step nothing is lost yet: the flags that take the next rung of the ladder."""
     traceback.print_exception(error)
     died = how_it_died(error)
-    write_json(run.path / "stepped_down.json", {choice.backend: died})
+    record = run.path / "stepped_down.json"
+    write_json(record, {**(read_json(record) if record.is_file() else {}), choice.backend: died})
     say(f"{choice.backend}: {died}; the whole message is in {run.logs / 'libraries.log'}; stepping down")
     return {"--run": str(run.path)}
 
@@ -245,7 +280,7 @@ def starting_over(recipe: Recipe, given: list[str]) -> Iterator[None]:
         flags = [part for name, value in again.flags.items() for part in ([name, value] if value else [name])]
         command = [sys.executable, "-m", f"recipes.{recipe.name}", *without(given, again.flags), *flags]
         say(f"again: {shlex.join(command[1:])}")
-        os.execv(command[0], command)
+        os.execve(command[0], command, {**os.environ, _AGAIN: "1"})
 
 
 def without(given: Sequence[str], flags: Iterable[str]) -> list[str]:

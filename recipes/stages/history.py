@@ -13,7 +13,14 @@ _SCORES = ("f1_macro", "accuracy", "chrf", "rouge_l", "stopped_by_itself")
 def lines_of(recipe: Recipe) -> list[dict[str, Any]]:
     """A line per run, the newest first; a run that did not finish says so."""
     folders = sorted((runs.ROOT / recipe.name).glob("*"), reverse=True)
-    return [_line(Run(folder)) for folder in folders if folder.is_dir()]
+    return [_line_or_broken(Run(folder)) for folder in folders if folder.is_dir()]
+
+
+def _line_or_broken(run: Run) -> dict[str, Any]:
+    try:
+        return _line(run)
+    except (KeyError, TypeError, AttributeError):
+        return {"run": run.path.name, "state": "broken"}
 
 
 def _line(run: Run) -> dict[str, Any]:

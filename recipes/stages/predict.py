@@ -167,13 +167,17 @@ def _finished(part: Path, about: Path, order: dict[str, Any]) -> tuple[int, int]
     if not part.is_file() or not about.is_file():
         return 0, 0
     before = read_json(about)
-    differences = [key for key in order if before["order"].get(key) != order[key]]
+    try:
+        differences = [key for key in order if before["order"].get(key) != order[key]]
+        done = int(before["rows"]), int(before["bytes"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{about}: not what was written there; delete it and {part} to start over") from None
     if differences:
         raise UserError(
             f"{part} was begun with another {' and '.join(differences)}; finish it with that, or delete it to start "
             "over"
         )
-    return before["rows"], before["bytes"]
+    return done
 
 
 def made_with(run: Run, answering: Sampling | Scoring) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from recipes.stages.console import say
 from recipes.stages.recipe import Example, Reading, Recipe, Row, Split, UserError
-from recipes.stages.run import Run, new_run, place_beside, read_jsonl, write_json, writing
+from recipes.stages.run import NOT_OURS, BrokenFile, Run, new_run, place_beside, read_jsonl, write_json, writing
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 CACHE = Path(__file__).parents[2] / ".cache" / "samples"
@@ -105,10 +106,12 @@ def prepare(
     max_length: int | None = None,
     tokenizer: Path | None = None,
     quiet: bool = False,
+    training: ExitStack | None = None,
 ) -> Run:
     """Read, clean and split a source file into a run's data/, which appears whole or not at all.
 
     With max_length it says which inputs will be cut in training; they are counted where a tokenizer.json is at hand.
+    No other process may be training there; `training` is given the lock, for one that follows.
     """
     file = source or sample_file(recipe)
     if path is not None and (path / "data").exists() and not Run(path).prepared:
@@ -137,9 +140,11 @@ def prepare(
             metadata["cut"] = will_be_cut(recipe, beside, found["longest_bytes"], max_length, tokenizer)
         write_json(beside / "metadata.json", metadata)
         run = new_run(recipe, path)
-        shutil.rmtree(run.data, ignore_errors=True)
-        beside.chmod(0o755)
-        beside.replace(run.data)
+        with ExitStack() as here:
+            (training or here).enter_context(run.locked())
+            shutil.rmtree(run.data, ignore_errors=True)
+            beside.chmod(0o755)
+            beside.replace(run.data)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if not quiet:
@@ -213,6 +218,13 @@ def will_be_cut(
 
 
 def tell(run: Run, metadata: dict[str, Any]) -> None:
+    try:
+        _tell(run, metadata)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BrokenFile(f"{run.data / 'metadata.json'}: {NOT_OURS} ({error!r})") from None
+
+
+def _tell(run: Run, metadata: dict[str, Any]) -> None:
     sizes = ", ".join(f"{name} {part['rows']:,}" for name, part in metadata["splits"].items())
     what = "the recipe's own sample" if metadata["sample"] else metadata["source"]
     say(f"data: {metadata['rows']:,} rows from {what} -> {run.data} ({sizes})")

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fallback.choose import Choice
+from fallback.choose import BACKENDS, Backend, BackendName, Choice
+from recipes.stages import crash
 from recipes.stages import run as runs
 from recipes.stages.base_model import Chosen
 from recipes.stages.recipe import Balance, Recipe, Settings, UserError
-from recipes.stages.run import Run, read_json
+from recipes.stages.run import NOT_OURS, BrokenFile, Run, read_json
 
 # What may change without changing what is learned.
 _HARMLESS = ("checkpoint_minutes",)
@@ -27,7 +29,7 @@ class Begun:
 
     @property
     def settings(self) -> Settings:
-        return _from_json(Settings, self.config["settings"])
+        return settings_of(self.run)
 
     @property
     def processes(self) -> int:
@@ -36,6 +38,12 @@ class Begun:
     @property
     def balance(self) -> Balance | None:
         return _from_json(Balance, self.config["balance"]) if "balance" in self.config else None
+
+    @property
+    def backend(self) -> Backend:
+        """The one it was begun with, unless that died at once and nobody had named it."""
+        named = str(self.choice["reasons"]["backend"]).startswith("--backend")
+        return backend_of(self.run) if named or not crash.before_first_step(self.run) else "auto"
 
     @property
     def chosen(self) -> Chosen:
@@ -81,7 +89,8 @@ def begun(recipe: Recipe, path: Path | None) -> Begun:
             raise UserError(f"--resume: the training in {path} came to its end; there is nothing to go on with")
     try:
         found_here = Begun(run, read_json(run.config), read_json(run.path / "choice.json"))
-        _ = found_here.settings, found_here.balance, found_here.chosen
+        _ = found_here.settings, found_here.balance, found_here.chosen, found_here.backend
+        _flat(found_here.config, found_here.choice)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--resume: {run.path} cannot be read ({error}); train again without --resume") from None
     return found_here
@@ -90,6 +99,23 @@ def begun(recipe: Recipe, path: Path | None) -> Begun:
 def newest_first(recipe: Recipe) -> list[Run]:
     folders = sorted((runs.ROOT / recipe.name).glob("*"), reverse=True)
     return [Run(folder) for folder in folders if folder.is_dir()]
+
+
+def settings_of(run: Run) -> Settings:
+    """As training_config.json has them; what is not there is as it is by default."""
+    try:
+        return _from_json(Settings, read_json(run.config)["settings"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BrokenFile(f"{run.config}: {NOT_OURS} ({' '.join(str(error).split())})") from None
+
+
+def backend_of(run: Run) -> BackendName:
+    path = run.path / "choice.json"
+    stored = read_json(path)
+    backend = stored.get("backend") if isinstance(stored, dict) else None
+    if backend not in BACKENDS:
+        raise BrokenFile(f"{path}: {NOT_OURS} (no backend is called {str(backend)[:40]!r})")
+    return backend
 
 
 def data_digest(run: Run) -> str:
@@ -112,7 +138,22 @@ def _flat(config: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
 
 def _from_json(kind: Any, values: dict[str, Any]) -> Any:
     """A flat dataclass of what JSON made of it."""
-    known = {field.name for field in fields(kind)}
-    return kind(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
-    )
+    hints = get_type_hints(kind)
+    known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in hints}
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name}: {str(value)[:40]!r} is none of its values")
+    return kind(**known)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """For what fields of ours are: numbers, texts, choices, tuples of texts."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, one) for one in get_args(hint))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

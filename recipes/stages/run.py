@@ -111,6 +111,9 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+NOT_OURS = "not what was written there; make it anew with the command that made it"
+
+
 class BrokenFile(UserError, ValueError):
     """A file of a run that does not hold what we wrote."""
 
@@ -119,13 +122,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BrokenFile(f"{path}: not the JSON that was written there ({error})") from None
+        raise BrokenFile(f"{path}: {NOT_OURS} ({error})") from None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                value = json.loads(line.decode("utf-8"))
+                if not isinstance(value, dict):
+                    raise TypeError(f"a JSON object is wanted, not {str(value)[:40]!r}")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise BrokenFile(f"{path}, line {number}: {NOT_OURS} ({' '.join(str(error).split())})") from None
+            yield value
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ class Run:
     @property
     def unfinished(self) -> bool:
         """A training was begun here, and has not come to its end."""
-        return self.config.is_file() and not (self.metrics.is_file() and "train" in read_json(self.metrics))
+        return self.config.is_file() and "train" not in self.known_metrics()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,13 +203,20 @@ class Run:
     def forget_training(self) -> None:
         """A training begins here: what is left of an earlier one would be taken for its own."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in ("steps.jsonl", "validation.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
         if self.metrics.is_file():
-            write_json(self.metrics, {k: v for k, v in read_json(self.metrics).items() if k != "train"})
+            write_json(self.metrics, {k: v for k, v in self.known_metrics().items() if k != "train"})
 
     def add_metrics(self, **values: Any) -> None:
         """Stages add their part to metrics.json; what other stages wrote stays."""
+        write_json(self.metrics, {**self.known_metrics(), **values})
+
+    def known_metrics(self) -> dict[str, Any]:
         known = read_json(self.metrics) if self.metrics.is_file() else {}
-        write_json(self.metrics, {**known, **values})
+        if not isinstance(known, dict):
+            raise BrokenFile(f"{self.metrics}: {NOT_OURS} (or delete it)")
+        return known
 
 
 def new_run(recipe: Recipe, path: Path | None = None) -> Run:

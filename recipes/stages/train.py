@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fallback.choose import Attention, Backend, CannotRun, Choice, Dtype, choose
+from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from fallback.patched import patched
-from recipes.stages import processes
-from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type, refuse_pickles
+from recipes.stages import adapter, processes
+from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.checkpoint import step_of
 from recipes.stages.classifier import Known
 from recipes.stages.console import duration, progress, say
 from recipes.stages.recipe import Balance, Example, Interrupted, Recipe, Settings, UserError
 from recipes.stages.render import Rendered, Renderer
-from recipes.stages.resume import data_digest
-from recipes.stages.run import Run, find_run, read_json, read_jsonl, replacing_folder, write_json, write_whole
+from recipes.stages.resume import backend_of, data_digest, settings_of
+from recipes.stages.run import BrokenFile, Run, find_run, read_jsonl, replacing_folder, write_json, write_whole
 from recipes.stages.stopping import EarlyStopping
 from recipes.stages.validation import VALIDATION_ANSWERS, AnswerValidation, ClassValidation, evaluations
 
@@ -41,7 +41,18 @@ class Model:
 
 
 def examples(recipe: Recipe, run: Run, split: str) -> list[Example]:
-    return [recipe.to_example(row) for row in read_jsonl(run.data / f"{split}.jsonl")]
+    path = run.data / f"{split}.jsonl"
+    found = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        try:
+            example = recipe.to_example(row)
+            whole = all(isinstance(message.content, str) for message in example.messages)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            whole = False
+        if not whole:
+            raise BrokenFile(f"{path}, line {number}: not a row of {recipe.name}; prepare the data again")
+        found.append(example)
+    return found
 
 
 def optimizer_steps(rows: int, settings: Settings, world: int = 1) -> int:
@@ -416,12 +427,14 @@ def _bad_steps(choice: Choice) -> int:
 def kept_lines(path: Path, steps: int) -> list[dict[str, Any]]:
     """The lines of a log up to this step; what came after them, or was cut off, is taken away from the file."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+            if value["step"] > steps:
+                break
+        except (ValueError, TypeError, KeyError):
             break
-    lines = [line for line in lines if line["step"] <= steps]
+        lines.append(value)
     if processes.rank() == 0:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
@@ -506,35 +519,37 @@ def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_l
     processes.first_here(lambda: ensure_files(recipe, chosen))
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
-    network = backend.load_adapter(_base(backend, chosen, choice, max_length), str(run.adapter))
-    return Model(backend.for_inference(network), tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
+    with adapter.reading(run, "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
+    with adapter.reading(run, "chat_template.jinja"):
+        renderer = Renderer(tokenizer, recipe.stop_phrase)
+        adapter.check_template(renderer)
+    base = _base(backend, chosen, choice, max_length)
+    with adapter.reading(run, "adapter_model.safetensors"):
+        network = backend.load_adapter(base, str(run.adapter))
+        adapter.check_loaded(run, network)
+    return Model(backend.for_inference(network), tokenizer, renderer, choice)
 
 
 def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tuple[Run, Chosen, Choice, int]:
     """A trained run and what to answer with: its own backend where that can run here."""
     remedy = f"train one first: python -m recipes.{recipe.name} train"
     run = find_run(recipe, path, lambda run: run.trained, remedy)
-    refuse_pickles(run.adapter, "adapter_model", "adapter_model")
+    adapter.check(run)
     chosen = Chosen.opened(run.config)
-    try:
-        trained_with = read_json(run.path / "choice.json")["backend"]
-        settings = read_json(run.config)["settings"]
-        quantization, max_length = settings["quantization"], int(settings["max_length"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run.path}: its choice.json and training_config.json are not whole ({error!r})") from None
+    settings, trained_with = settings_of(run), backend_of(run)
+    if recipe.closed:
+        Known.of(run)
     kind = model_type(recipe, chosen)
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
-    attention: Attention = "auto" if recipe.closed else settings.get("attention", "auto")
-    dtype: Dtype = settings.get("dtype", "auto")
+    attention: Attention = "auto" if recipe.closed else settings.attention
+    backend = trained_with if wanted == "auto" else wanted
     try:
-        choice = choose(
-            kind, trained_with if wanted == "auto" else wanted, quantization, attention=attention, dtype=dtype
-        )
+        choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype)
     except CannotRun:
         if wanted != "auto":
             raise
-        choice = choose(kind, "auto", quantization)
+        choice = choose(kind, "auto", settings.quantization)
     if processes.rank() == 0:
         print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
-    return run, chosen, choice, max_length
+    return run, chosen, choice, settings.max_length
