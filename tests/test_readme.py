@@ -40,7 +40,7 @@ def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, tm
     if "--resume" in given:
         run, chosen = Run(tmp_path), settle(recipe(name), "tiny")
         write_json(run.config, {"base_model": chosen.stored(), "settings": asdict(recipe(name).settings)})
-        write_json(run.path / "choice.json", {"backend": "peft"})
+        write_json(run.path / "choice.json", {"backend": "peft", "reasons": {"backend": "Unsloth is not here"}})
         begun = resume.begun(recipe(name), tmp_path)
         monkeypatch.setattr(resume, "begun", lambda recipe, path: begun)
     real = cli.parse
