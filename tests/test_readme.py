@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, recipe
 
+from fallback.choose import choose
 from recipes.stages import cli, resume
-from recipes.stages.base_model import settle
+from recipes.stages.base_model import model_type, settle
 from recipes.stages.run import Run, write_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +41,8 @@ def test_recipe_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, tm
     if "--resume" in given:
         run, chosen = Run(tmp_path), settle(recipe(name), "tiny")
         write_json(run.config, {"base_model": chosen.stored(), "settings": asdict(recipe(name).settings)})
-        write_json(run.path / "choice.json", {"backend": "peft", "reasons": {"backend": "Unsloth is not here"}})
+        choice = choose(model_type(recipe(name), chosen), "peft", "none")
+        write_json(run.path / "choice.json", choice.as_json())
         begun = resume.begun(recipe(name), tmp_path)
         monkeypatch.setattr(resume, "begun", lambda recipe, path: begun)
     real = cli.parse
