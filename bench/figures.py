@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from bench import report
+from bench import report, soak
 from bench.prepare import WRITERS
 from bench.recipes import table
 from bench.statistics import RATIO_LEVEL
@@ -22,31 +22,33 @@ from recipes.stages.run import read_json, replacing, write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+FILES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
 REFERENCE = RESULTS / "cpu-2core"
 PICTURE = REFERENCE / "compare.png"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Write README's tables and picture again."""
+    """Write README's and docs' tables and picture again."""
 
     check: bool = False
-    """Only say whether README is what results/ says; exit with an error if it is not."""
+    """Only say whether they are what results/ says; exit with an error if they are not."""
 
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Figures, prog="python -m bench figures", args=arguments)
-    file = ROOT / "README.md"
-    now = file.read_text(encoding="utf-8")
-    filled = fill(now)
-    if args.check:
+    for file in FILES:
+        now = file.read_text(encoding="utf-8")
+        filled = fill(now)
+        if args.check and filled != now:
+            raise UserError(f"{file.name} is not what results/ says; write it with python -m bench figures")
         if filled != now:
-            raise UserError("README.md is not what results/ says; write it with python -m bench figures")
+            write_whole(file, filled)
+    if args.check:
         return
     if REFERENCE.is_dir():
         picture(read_json(REFERENCE / "summary.json"), PICTURE)
-    write_whole(file, filled)
-    say(f"{file.name}: {', '.join(TABLES)}")
+    say(f"{' and '.join(file.name for file in FILES)}: {', '.join(TABLES)}")
 
 
 def fill(text: str) -> str:
@@ -55,7 +57,7 @@ def fill(text: str) -> str:
     def one(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in TABLES:
-            raise UserError(f"README.md asks for the table {name!r}; there are {', '.join(TABLES)}")
+            raise UserError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
         return f"<!-- figures: {name} -->\n{TABLES[name]()}\n<!-- end -->"
 
     return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", one, text, flags=re.S)
@@ -152,9 +154,20 @@ def trust() -> str:
     return report.markdown(header, lines) + f"\n\n{made}"
 
 
+def soaked() -> str:
+    found = read_json(RESULTS / "soak.json")
+    cycles, counts, env = found["cycles"], found["total"], found["environment"]
+    told = (
+        f"{counts['sound']} of {counts['cycles']} cycles ended as they have to, after {counts['stops']} stops, "
+        f"{counts['killed']} of them SIGKILL; {sum(done['new_interpreters'] for done in cycles)} cycles started every "
+        f"process anew. {env['processor']}, {env['cores']} cores: `{found['command']}`"
+    )
+    return soak.table(cycles) + f"\n\n{told}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "prepare": prepare, "recipes": recipes, "compare": compare,
-    "trust": trust,
+    "trust": trust, "soak": soaked,
 }  # fmt: skip
 
 
