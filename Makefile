@@ -53,7 +53,7 @@ fuzz: setup
 
 # An hour or more: 200 trainings killed at random moments, resumed, evaluated and asked.
 soak: setup
-	$(BIN)/python -m bench soak --out results/soak.json
+	$(BIN)/python -m bench soak --jobs 2 --out results/soak.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, recipe
 
 from recipes.stages import checkpoint, crash, resume
-from recipes.stages.fine_tune import backends_that_died
+from recipes.stages import run as runs
+from recipes.stages.fine_tune import backends_that_died, offer_to_resume
 from recipes.stages.prepare import SAMPLES
 from recipes.stages.recipe import UserError
 from recipes.stages.run import Run, read_json, read_jsonl, replacing_folder, write_json
@@ -272,16 +273,23 @@ def test_a_backend_that_dies_of_native_code_is_stepped_down_from_by_resuming(com
     assert not (run / "logs" / "crash.txt").exists()
 
 
-def test_who_named_the_backend_goes_on_with_it(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.logs.mkdir()
+def test_who_named_the_backend_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    run = Run(tmp_path / "llama_1b_civil" / "20200101-000000-aaaa")
+    run.logs.mkdir(parents=True)
     (run.logs / "crash.txt").write_text("Fatal Python error: Illegal instruction\n\n  File ...\n")
     for reason, expected in (("--backend unsloth", "unsloth"), ("Unsloth imports and runs here", "auto")):
         choice = {"backend": "unsloth", "reasons": {"backend": reason}}
-        write_json(tmp_path / "choice.json", choice)
+        write_json(run.path / "choice.json", choice)
         assert resume.Begun(run, {}, choice).backend == expected
     assert crash.before_first_step(run) == "Illegal instruction"
-    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n')
+    # Whoever gives the command again without --resume is told.
+    write_json(run.config, {})
+    offer_to_resume(recipe("llama_1b_civil"))
+    assert "died before its first step was done (Illegal instruction)" in capsys.readouterr().out
+    (run.path / "steps.jsonl").write_text('{"step": 1}\n')
     assert crash.before_first_step(run) is None
 
 

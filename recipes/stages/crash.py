@@ -1,6 +1,7 @@
 """What a process leaves behind that dies of native code, of which no exception tells: Python's own last words."""
 
 import faulthandler
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,13 @@ def _record(run: Run) -> Path:
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
     """SIGSEGV, SIGILL and their like write down where they came from; SIGKILL, which somebody sent, does not."""
+    before = faulthandler.is_enabled()
     with _record(run).open("w", encoding="utf-8") as file:
         faulthandler.enable(file, all_threads=False)
         try:
             yield
         finally:
-            faulthandler.disable()
+            faulthandler.enable(sys.__stderr__) if before and sys.__stderr__ else faulthandler.disable()
             _record(run).unlink(missing_ok=True)
 
 
