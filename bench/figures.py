@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from bench import report, soak
+from bench import report, soak, train
 from bench.prepare import WRITERS
 from bench.recipes import table
 from bench.statistics import RATIO_LEVEL
@@ -165,9 +165,24 @@ def soaked() -> str:
     return soak.table(cycles) + f"\n\n{told}"
 
 
+def trained() -> str:
+    found = read_json(RESULTS / "train.json")
+    parts = []
+    for name, of in found["recipes"].items():
+        best, dtype = of["best_other"], of["dtype"]
+        parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
+        parts.append(
+            f"Ours is {of['ratio_to_trl']:.2f} times as fast as TRL, {of['ratio_to_best_other']:.2f} times as fast as "
+            f"the best of the others ({best}), and reaches {of['arms']['ours']['mfu']:.0%} of the machine's matmul peak."
+        )
+    env = found["environment"]
+    made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"
+    return "\n\n".join([*parts, made])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "prepare": prepare, "recipes": recipes, "compare": compare,
-    "trust": trust, "soak": soaked,
+    "trust": trust, "soak": soaked, "train": trained,
 }  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""bench train: the same rows and steps in every arm, and what is said of them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import need
+
+
+def row(arm: str, repeat: int, rate: float, losses: list[float], **more: Any) -> dict[str, Any]:
+    steps = [{"seconds": 1.0, "loss": loss} for loss in losses]
+    told = {
+        "tokens_per_second": rate, "supervised_tokens_per_second": rate / 10, "samples_per_second": rate / 50,
+        "first_step_seconds": 2.0, "peak_resident_bytes": 2**30, "peak_allocated_bytes": None, "steps": steps,
+        "mfu": 0.3, "matmul_flops_per_second": 1e11,
+    }  # fmt: skip
+    return {"arm": arm, "repeat": repeat, "status": "measured", "choice": {"dtype": "float32"}, "train": told, **more}
+
+
+def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
+    from bench.train import compared, table
+
+    rows = [
+        row(arm, repeat, rate * (1 + repeat), [2.0, last])
+        for repeat in (0, 1)
+        for arm, rate, last in (("ours", 300.0, 1.0), ("trl", 100.0, 1.001), ("unsloth", 200.0, 1.5))
+    ]
+    rows.append({"arm": "unsloth-compiled", "repeat": 0, "status": "failed", "reason": "no compiler"})
+    found = compared(rows, ("trl", "unsloth", "unsloth-compiled"))
+    assert found["ratio_to_trl"] == pytest.approx(3)
+    assert (found["best_other"], found["ratio_to_best_other"]) == ("unsloth", pytest.approx(1.5))
+    assert found["arms"]["trl"]["same_training"]
+    assert not found["arms"]["unsloth"]["same_training"]
+    said = table(found)
+    assert "no, 33.3% apart" in said
+    assert "failed: no compiler" in said
+
+
+def test_without_ours_there_is_nothing_to_compare() -> None:
+    from bench.train import compared
+
+    found = compared(
+        [{"arm": "ours", "repeat": 0, "status": "failed", "reason": "x"}, row("trl", 0, 1.0, [1.0])], ("trl",)
+    )
+    assert found["ratio_to_trl"] is None
+    assert found["arms"]["trl"]["status"] == "measured"
+
+
+@pytest.mark.parametrize("rival", ["trl", "unsloth"])
+def test_the_same_rows_give_the_same_losses(rival: str, command: Callable[..., Any]) -> None:
+    need("unsloth" if rival == "unsloth" else "peft", "gemma3_12b_opercode")
+    done = command(
+        "bench", "train", "--recipes", "gemma3_12b_opercode", "--size", "tiny", "--arms", rival, "--backend", "peft",
+        "--steps", "4", "--warmup", "0", "--repeats", "1", "--batch-size", "4", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    arms = json.loads(done.stdout)["recipes"]["gemma3_12b_opercode"]["arms"]
+    assert arms[rival]["status"] == arms["ours"]["status"] == "measured", done.stdout
+    assert arms[rival]["losses"] == pytest.approx(arms["ours"]["losses"], rel=2e-3)
+    assert arms["ours"]["mfu"] > 0
+
+
+def test_who_is_not_known(command: Callable[..., Any]) -> None:
+    done = command("bench", "train", "--arms", "axolotl")
+    assert done.returncode == 2
+    assert "--arms 'axolotl': unknown; there are trl" in done.stderr
