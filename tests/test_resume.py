@@ -148,6 +148,27 @@ def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(stopped: tuple[Path, i
     assert not (folder / "run" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_is_heard_and_a_second_time_at_once(number: signal.Signals) -> None:
+    from recipes.stages.callbacks import Safekeeping
+
+    safe, before = Safekeeping(minutes=10, bad_steps=3), signal.getsignal(number)
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+
+    def interrupted() -> None:
+        with safe.listening():
+            signal.raise_signal(number)
+            assert safe.asked == number
+            safe.on_step_end(None, SimpleNamespace(global_step=1, max_steps=2), control)
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert control.should_training_stop
+    assert control.should_save
+    assert signal.getsignal(number) is before
+
+
 def test_a_changed_training_is_refused_and_says_what_changed(
     stopped: tuple[Path, int, str], tmp_path: Path, command: Command
 ) -> None:

@@ -67,3 +67,19 @@ def test_validation_is_watched_instead() -> None:
     assert not here.should_training_stop
     callback.on_log(None, state, here, logs={"eval_loss": 1.0})
     assert here.should_training_stop
+
+
+def test_a_resumed_training_knows_its_best_validation() -> None:
+    """Also where it was stopped behind it: what is kept, and told, is of that step."""
+    from recipes.stages.callbacks import Validations
+
+    logs = [
+        {"step": 2, "eval_x": 0.5},
+        {"step": 4, "eval_x": 0.7},
+        {"step": 5, "loss": 1.0},
+        {"step": 6, "eval_x": 0.6},
+    ]
+    for higher, expected in ((True, (4, 0.7)), (False, (2, 0.5))):
+        checks = Validations("eval_x", higher, None, lambda *_: None)
+        checks.on_train_begin(None, SimpleNamespace(log_history=logs), None)
+        assert (checks.best_step, checks.best) == expected
