@@ -10,7 +10,6 @@ COMMANDS = {
         "compare:main",
         "memory, time and tokens per second with and without Unsloth; the same training?",
     ),
-    "train": (
         "train:main",
         "training speed beside TRL and Unsloth as their documentation shows them; the same losses?",
     ),
@@ -23,6 +22,7 @@ COMMANDS = {
     "list": ("results:list_command", "the comparisons that are there"),
     "trust": ("trust:main", "false alarms and misses of compare: equal arms, and a slow-down that was put there"),
     "overhead": ("overhead:main", "what the trainer and bench cost beside the bare step"),
+    "train": (
     "balance": ("balance:main", "which way of weighing rare classes wins"),
     "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
     "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
