@@ -10,9 +10,6 @@ COMMANDS = {
         "compare:main",
         "memory, time and tokens per second with and without Unsloth; the same training?",
     ),
-        "train:main",
-        "training speed beside TRL and Unsloth as their documentation shows them; the same losses?",
-    ),
     "plan": (
         "plan:main",
         "parameters, steps, memory and time before any download; --check holds them against trainings",
@@ -23,6 +20,9 @@ COMMANDS = {
     "trust": ("trust:main", "false alarms and misses of compare: equal arms, and a slow-down that was put there"),
     "overhead": ("overhead:main", "what the trainer and bench cost beside the bare step"),
     "train": (
+        "train:main",
+        "training speed beside TRL and Unsloth as their documentation shows them; the same losses?",
+    ),
     "balance": ("balance:main", "which way of weighing rare classes wins"),
     "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
     "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
