@@ -32,8 +32,8 @@ def main(case_file: str, out: str, folder: str) -> None:
 
 def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     if case.arm == "unsloth-compiled":
-        # Its switch for processors, which it turns off by itself.
-        os.environ["UNSLOTH_COMPILE_DISABLE"] = "0"
+        # Its switch for processors. On a GPU it compiles unasked.
+        os.environ["UNSLOTH_CPU_COMPILE"] = "1"
     args = cli.parse_train(recipe, "train", [*case.flags, "--run", str(folder)])
     settings = args.settings
     chosen = settle(recipe, args.size, args.weights, args.model)
@@ -66,6 +66,9 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     lora["target_modules"] = train.lora_targets(network, settings)
     network = backend.add_lora(network, lora, settings.checkpointing, settings.max_length, settings.seed)
     train.start_lora(network, settings)
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
+    if choice.device == "cpu" and compiled != (case.arm == "unsloth-compiled"):
+        raise RuntimeError(f"{case.arm}: its layers are {'' if compiled else 'not '}compiled")
     everything = case.arm == "trl-everything"
     columns: dict[str, Any] = {"input_ids": [r.input_ids for r in rows]}
     if not everything:
