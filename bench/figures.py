@@ -172,8 +172,8 @@ def trained() -> str:
         best, dtype = of["best_other"], of["dtype"]
         parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
         parts.append(
-            f"Ours is {of['ratio_to_trl']:.2f} times as fast as TRL, {of['ratio_to_best_other']:.2f} times as fast as "
-            f"the best of the others ({best}); it reaches {of['arms']['ours']['mfu']:.0%} of the machine's matmul peak."
+            f"Ours is {of['ratio_to_trl']:.2f} times as fast as TRL and {of['ratio_to_best_other']:.2f} times as fast "
+            f"as the best of the others, {best}."
         )
     env = found["environment"]
     made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"

@@ -137,12 +137,10 @@ class TrainingMeter:
     def resume(self) -> None:
         self._last = time.perf_counter()
 
-    def flops(self, padded_tokens: int, supervised_tokens: int) -> float:
+    def flops(self, tokens: float, supervised_tokens: int) -> float:
         """Of a training step's matrix products: forward, and backward to the activations; the frozen weights get no
         gradient, the LoRA matrices do. Recomputed activations do not count, nor does attention itself."""
-        return (
-            4.0 * self._frozen * padded_tokens + 6.0 * self._lora * padded_tokens + 4.0 * self._head * supervised_tokens
-        )
+        return 4.0 * self._frozen * tokens + 6.0 * self._lora * tokens + 4.0 * self._head * supervised_tokens
 
     def _count(self, network: Any) -> None:
         head = network.get_output_embeddings()

@@ -55,7 +55,8 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "proof": proof(choice.backend, trained["patched"]),
         "trainable_parameters": trained["trainable_parameters"],
     }
-    found["train"] = training(case, meter, run)
+    # What a folded batch spared was not computed.
+    found["train"] = training(case, meter, run, trained["computed_tokens"] / trained["padded_tokens"])
     found["train"]["load_seconds"] = trained["load_seconds"]
     peak = matmul_flops_per_second(choice.dtype, choice.device)
     found["train"]["matmul_flops_per_second"] = peak
@@ -78,7 +79,7 @@ def proof(backend: str, patched: dict[str, int]) -> dict[str, Any]:
     return {"in_the_process": inside, "patched": patched}
 
 
-def training(case: Case, meter: Any, run: Run) -> dict[str, Any]:
+def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any]:
     """What the meter saw, step by step and in short."""
     import numpy as np
 
@@ -93,7 +94,10 @@ def training(case: Case, meter: Any, run: Run) -> dict[str, Any]:
         )
     sums = {name: [sum(b[name] for b in step) for step in batches] for name in ("rows", "tokens", "padded_tokens")}
     supervised = [step["supervised_tokens"] for step in steps]
-    flops = [meter.flops(*of) for of in zip(sums["padded_tokens"][counted], supervised[counted], strict=True)]
+    flops = [
+        meter.flops(computed * tokens, answered)
+        for tokens, answered in zip(sums["padded_tokens"][counted], supervised[counted], strict=True)
+    ]
     joules = meter.joules
     spent = joules[-1] - joules[1 + case.warmup] if joules[-1] is not None else None
     found: dict[str, Any] = {
