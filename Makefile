@@ -53,7 +53,8 @@ fuzz: setup
 
 # An hour or more: 200 trainings killed at random moments, resumed, evaluated and asked.
 soak: setup
-	$(BIN)/python -m bench soak --jobs 2 --out results/soak.json
+	@mkdir -p runs
+	$(BIN)/python -m bench soak --jobs 2 --out runs/soak.json
 
 lint: setup
 	$(BIN)/ruff check .

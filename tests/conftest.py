@@ -1,6 +1,7 @@
 """Shared by the tests: recipes found by themselves, tokenizers and commands as a user has them."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,16 @@ def need(backend: BackendName, name: str) -> None:
     kind = model_type(recipe(name), settle(recipe(name), "tiny"))
     if obstacle := why_not(backend, usable_gpu(), kind):
         pytest.skip(f"{backend} cannot run {name} here: {obstacle}")
+
+
+def found_under(backend: str, file: str) -> Any:
+    """What a test's file, run as a program, prints as JSON: no two backends' libraries go into one process."""
+    done = subprocess.run(
+        [sys.executable, file, backend], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

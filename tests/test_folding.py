@@ -5,8 +5,6 @@ Run as a program it compares under one backend, in a process of its own, and pri
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import need
+from conftest import found_under, need
 
 from fallback.choose import BACKENDS, Choice, choose
 
@@ -25,12 +23,7 @@ FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "ge
 
 @cache
 def of_backend(backend: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, backend], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": "."},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_under(backend, __file__)
 
 
 @pytest.fixture(scope="module", params=[(name, backend) for name in FAMILIES for backend in BACKENDS], ids="-".join)

@@ -5,8 +5,6 @@ Run as a program it does the part that needs a backend, in a process of its own,
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import need
+from conftest import found_under, need
 
 from fallback.choose import BACKENDS, choose
 from recipes.stages.recipe import Balance
@@ -173,12 +171,7 @@ def test_the_order_is_decided_by_seed_and_epoch() -> None:
 @pytest.fixture(scope="module", params=BACKENDS)
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     need(request.param, "gemma3_12b_opercode")
-    done = subprocess.run(
-        [sys.executable, __file__, request.param], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": "."},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_under(request.param, __file__)
 
 
 @pytest.mark.parametrize("way", WAYS)
