@@ -4,20 +4,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
+
+BY_TRANSFORMERS = ("sklearn", "scipy", "torchao")
+"""transformers imports them, where they are installed, for a way of generating, a loss of detecting objects and a way
+of quantising that nobody here asks for: 1.1, 0.5 and 0.3 of the 5 s that its model classes take to import."""
 
 
 @contextmanager
-def without_sklearn() -> Iterator[None]:
-    """transformers imports scikit-learn, where it is installed, for a way of generating that nobody asks for: 1.1 of
-    the 5 s that its model classes take to import. What is imported meanwhile finds it not installed."""
-    if "sklearn" in sys.modules:
-        yield
-        return
-    sys.modules["sklearn"] = cast(Any, None)
+def without(*names: str) -> Iterator[None]:
+    """What is imported meanwhile finds these libraries not installed, unless they have been imported before."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update({name: cast(Any, None) for name in hidden})
     try:
         yield
     finally:
-        del sys.modules["sklearn"]
+        for name in hidden:
+            del sys.modules[name]
+
+
+def the_compiler() -> None:
+    """bitsandbytes hands four functions to torch.compile as it is imported, for devices that have no kernels of its
+    own, and torch loads its compiler for that: 0.8 s of every command. They stay as they are written."""
+    import torch
+
+    try:
+        with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda made: made)):
+            import bitsandbytes  # noqa: F401
+    except ImportError:
+        # Who needs it says so.
+        pass
 
 
 def a_broken_triton() -> None:

@@ -10,7 +10,8 @@ from fallback.choose import Choice
 def import_libraries(choice: Choice) -> None:
     if not choice.triton:
         leave_out.a_broken_triton()
-    with leave_out.without_sklearn():
+    leave_out.the_compiler()
+    with leave_out.without(*leave_out.BY_TRANSFORMERS):
         import trl  # noqa: F401  (loads transformers and peft; nothing patches them)
         from transformers import AutoModelForCausalLM  # noqa: F401
 

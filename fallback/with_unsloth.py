@@ -11,7 +11,7 @@ def import_libraries(choice: Choice) -> None:
     early = sorted({"transformers", "trl", "peft"} & set(sys.modules))
     if early and "unsloth" not in sys.modules:
         raise RuntimeError(f"{', '.join(early)} were imported before unsloth, which would leave them unpatched")
-    with leave_out.without_sklearn():
+    with leave_out.without("sklearn"):
         import unsloth  # noqa: F401, I001
         import trl  # noqa: F401
 

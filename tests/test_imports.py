@@ -41,15 +41,19 @@ def test_recipe_is_short_enough_to_read(name: str) -> None:
     assert len((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
 
 
-def test_scikit_learn_is_left_out_and_comes_back() -> None:
+def test_what_nobody_asks_for_is_left_out_and_comes_back() -> None:
     code = """
 import sys
-from fallback.leave_out import without_sklearn
-with without_sklearn():
+from fallback import leave_out
+import torch
+compile = torch.compile
+leave_out.the_compiler()
+with leave_out.without(*leave_out.BY_TRANSFORMERS):
     from transformers import AutoModelForCausalLM
-    import transformers.generation.utils
-print("sklearn" in sys.modules)
-import sklearn
+    import transformers.generation.utils, transformers.models.gemma3.modeling_gemma3, peft
+print([name for name in ("sklearn", "scipy", "torchao", "torch._inductor.compile_fx") if name in sys.modules])
+assert "bitsandbytes" in sys.modules and torch.compile is compile
+import sklearn, scipy, torchao
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -109,6 +109,22 @@ def test_few_layers_tell_what_all_of_them_hold(name: str, checkpointing: bool) -
     assert footprint.peak_bytes(config, settings, on, [batch]) == held
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_an_operation_made_before_is_what_it_makes(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes.stages import footprint
+    from recipes.stages.base_model import architecture
+
+    config, settings = architecture(recipe(name)), recipe(name).settings
+    shape = footprint.Shape.of(config, 2, settings, footprint.Conditions(attention=attention))
+    counted = footprint.moments.__wrapped__
+    first, again = (counted(shape, footprint.Batch(2, 64, 126)) for _ in range(2))
+    monkeypatch.setattr(footprint, "_made", lambda func, args, kwargs: func(*args, **kwargs))
+    assert first == again == counted(shape, footprint.Batch(2, 64, 126))
+
+
 def test_checkpointing_and_length_do_what_they_should() -> None:
     chosen, gpu = recipe("llama_1b_civil"), plan.card("24GB")
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fallback.leave_out import without_sklearn
+from fallback import leave_out
 from fallback.torch_build import usable_gpu
 from recipes.stages import tokenizers
 from recipes.stages.prepare import sample_texts
@@ -268,7 +268,7 @@ def tokenizer_file(chosen: Chosen) -> Path | None:
 
 def load_tokenizer(recipe: Recipe, source: str) -> Any:
     """The base model's tokenizer, with a template to render by and a padding token that is not the end token."""
-    with without_sklearn():
+    with leave_out.without(*leave_out.BY_TRANSFORMERS):
         from transformers import AutoTokenizer
 
     try:

@@ -16,14 +16,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fallback import leave_out
 from fallback.choose import BackendName
-from fallback.leave_out import without_sklearn
 from recipes.stages import standins
 from recipes.stages.recipe import Settings
 
 # Enough for the ends of a model, and for both kinds of attention where there are two.
 _FEW = 2
 Loss = Literal["none", "fused", "chunked", "full logits", "unsloth", "unsloth on a CPU", "unsloth on a CPU, summed"]
+
+
+_MADE: dict[Any, Any] = {}
+"""What an operation makes of such shapes. On the meta device torch finds it out in Python, and a step asks the same
+thing for every layer, forward, again, and backward: remembered, a step takes a third of the time."""
 
 
 class Live(TorchDispatchMode):
@@ -41,7 +46,7 @@ class Live(TorchDispatchMode):
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        made = _made(func, args, kwargs or {})
         for value in (made,) if isinstance(made, torch.Tensor) else tree_iter(made):
             if isinstance(value, torch.Tensor):
                 self._note(value.untyped_storage())
@@ -59,6 +64,50 @@ class Live(TorchDispatchMode):
     def _gone(self, which: int, size: int) -> None:
         self._known.discard(which)
         self.now -= size
+
+
+def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation's outcome; from memory, if it is of tensors alone that are nobody else's."""
+    key = func, _described(args), _described(kwargs)
+    how = _MADE.get(key)
+    if how is None:
+        made = func(*args, **kwargs)
+        _MADE[key] = _how(func, made, (args, kwargs))
+        return made
+    if not how:
+        return func(*args, **kwargs)
+    many, shapes = how
+    new = tuple(torch.empty_strided(*shape, dtype=dtype, device="meta") for *shape, dtype in shapes)
+    return new if many else new[0]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(one) for one in value)
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value
+
+
+def _how(func: Any, made: Any, given: Any) -> Any:
+    """How to make the same again; nothing where shapes do not tell: where arguments are changed or shared. Not every
+    operation that shares says so in its schema."""
+    many = isinstance(made, tuple)
+    taken = {one.untyped_storage()._cdata for one in tree_iter(given) if isinstance(one, torch.Tensor)}
+    if func._schema.is_mutable or any(one.alias_info is not None for one in func._schema.returns):
+        return ()
+    shapes = []
+    for one in made if many else (made,):
+        if not isinstance(one, torch.Tensor) or one.device.type != "meta" or one.untyped_storage()._cdata in taken:
+            return ()
+        shape = one.shape, one.stride()
+        again = torch.empty_strided(*shape, dtype=one.dtype, device="meta")
+        if again.untyped_storage().nbytes() != one.untyped_storage().nbytes():
+            return ()
+        shapes.append((*shape, one.dtype))
+    return many, shapes
 
 
 @dataclass(frozen=True)
@@ -104,7 +153,8 @@ def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> Any:
     """The base model with its LoRA matrices, as shapes only: by the PEFT code that trains."""
-    with without_sklearn():
+    leave_out.the_compiler()
+    with leave_out.without(*leave_out.BY_TRANSFORMERS):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoConfig, AutoModelForCausalLM
 
