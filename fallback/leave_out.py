@@ -1,5 +1,6 @@
 """Libraries that others import if they are there, and that are better not there."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,20 @@ of quantising that nobody here asks for: 1.1, 0.5 and 0.3 of the 5 s that its mo
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """What is imported meanwhile finds these libraries not installed, unless they have been imported before."""
+    """What is imported meanwhile finds these libraries not installed, unless they have been imported before. Python's
+    collector rests, and later passes over what is there now: it would look through all that imports make, again and
+    again, and find nothing."""
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update({name: cast(Any, None) for name in hidden})
+    collecting, known = gc.isenabled(), len(sys.modules)
+    gc.disable()
     try:
         yield
     finally:
+        if collecting:
+            gc.enable()
+        if len(sys.modules) > known:
+            gc.freeze()
         for name in hidden:
             del sys.modules[name]
 
