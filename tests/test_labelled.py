@@ -123,6 +123,68 @@ def test_what_is_dropped_has_its_lines_under_either_parser(tmp_path: Path) -> No
         assert ("too few columns" in metadata["dropped"]) == bool(ragged)
 
 
+def test_lines_are_found_by_quotes_and_only_where_quotes_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelled, "_BLOCK", 101)
+    generator = random.Random(3)
+    source = tmp_path / "in.csv"
+    rows = [(generator.choice(AWKWARD) * generator.randrange(3), generator.choice("ab")) for _ in range(300)]
+    write(source, [(text.replace("\r", ""), label) for text, label in rows])
+    for end in ("\n", "\r\n"):
+        source.write_bytes(source.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", end.encode()) + end.encode())
+        layout = labelled.layout_of(source, ("t", "c"), Reading(source))
+        expected = [line for line, _ in labelled.csv_rows(source, layout, Reading(source))]
+        everything = labelled.np.arange(len(expected))
+        found = labelled._lines_by_quotes(source, layout, len(expected), everything)
+        assert found == dict(enumerate(expected))
+        assert labelled._lines_by_quotes(source, layout, len(expected) + 1, everything) is None
+    source.write_text('t,c\na 5" pipe,a\nanother,b\n', encoding="utf-8")
+    layout = labelled.layout_of(source, ("t", "c"), Reading(source))
+    assert labelled._lines_by_quotes(source, layout, 2, labelled.np.arange(2)) is None
+    source.write_bytes(b"t,c\r\none,a\rtwo,b\r\n")
+    assert labelled._lines_by_quotes(source, layout, 2, labelled.np.arange(2)) is None
+
+
+def test_identical_texts_have_one_fingerprint_and_others_another() -> None:
+    words = ["", "\0", "\0" * 8, "a", "a\0", "abcdefgh", "abcdefgh\0", "abcdefghabcdefgh", "Оплата", "Оплатa"]
+    pairs = [a + b for a in ("12345678", "87654321", "x") for b in ("12345678", "87654321", "x")]
+    generator = random.Random(1)
+    texts = [*words, *pairs, *(f"payment {i}" for i in range(3000))]
+    drawn = [generator.choice(texts) for _ in range(20_000)]
+    column = labelled._strings([*texts, *drawn])
+    for part, start in ((column, 0), (column.slice(700), 700)):
+        found = labelled.fingerprints(labelled._bytes(part), labelled._ends(part), 77).tolist()
+        by_text: dict[str, set[int]] = {}
+        for text, number in zip([*texts, *drawn][start:], found, strict=True):
+            by_text.setdefault(text, set()).add(number)
+        assert all(len(numbers) == 1 for numbers in by_text.values())
+        assert len({next(iter(numbers)) for numbers in by_text.values()}) == len(by_text)
+    assert labelled.fingerprints(labelled._bytes(column[:0]), labelled._ends(column[:0]), 77).tolist() == []
+
+
+def test_a_row_takes_some_dozens_of_bytes_however_long_its_text_is(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from recipes.stages import labelled
+from recipes.stages.read import Columns
+from recipes.stages.recipe import Split
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+folder.mkdir()
+labelled.prepare(source, Columns("t", "c"), Split(validation=0.15, test=0.15, by="label"), 1, folder)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    peaks = []
+    few, many = 200_000, 2_000_000
+    for rows in (few, many):
+        source = tmp_path / f"{rows}.csv"
+        with source.open("w", encoding="utf-8") as file:
+            file.write("t,c\n")
+            file.writelines(f"{'long ' * 20}{i // 2 if i % 5 == 0 else i},{i % 7}\n" for i in range(rows))
+        command = [sys.executable, "-c", code, str(source), str(tmp_path / f"data{rows}")]
+        peaks.append(int(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout))
+    assert (peaks[1] - peaks[0]) / (many - few) < 90
+
+
 def test_random_files_equal_a_plain_reading(tmp_path: Path) -> None:
     generator = random.Random(5)
     alphabet = ['"', '""', ",", "\n", "\r\n", " ", "a", "ж", "\\", "\u00a0", "0", "x y"]

@@ -8,10 +8,15 @@ refuses (ragged rows, open quotes) is read by Python's csv module, whose reading
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import secrets
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,7 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
+from recipes.stages.assign import Same, assign, counts
 from recipes.stages.cells import quoted
+from recipes.stages.fingerprint import fingerprints
 from recipes.stages.prepare import SPLITS
 from recipes.stages.read import Columns, Layout, csv_rows, layout_of
 from recipes.stages.recipe import Reading, Split, UserError
@@ -51,9 +58,20 @@ class Cleaned:
     names: list[str] = field(default_factory=list)
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     texts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """A number for every text: the same for identical texts."""
+    """A number for every text: the same for identical texts. Emptied when identical ones have been found."""
     dropped: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Reason -> numbers of the records."""
+
+
+class Tidied(NamedTuple):
+    """A block without what cannot be used."""
+
+    texts: pa.Array
+    names: list[str]
+    labels: np.ndarray
+    """Places in names."""
+    fingerprints: np.ndarray
+    dropped: dict[str, np.ndarray]
 
 
 def prepare(
@@ -152,41 +170,57 @@ def _slow_blocks(source: Path, layout: Layout, columns: Columns, reading: Readin
 def _clean(blocks: Iterator[Block], scratch: Path) -> Cleaned:
     cleaned = Cleaned(scratch)
     index: dict[str, int] = {}
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    # Arrays that grow where they are: parts that are put together at the end would be there twice.
+    labels, texts = array("i"), array("q")
     schema = pa.schema([("text", pa.string())])
-    with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, schema) as kept:
-        for block in _ahead(map(_tidied, blocks)):
-            texts, labels = block.texts, block.labels
-            no_text, no_label = (pc.equal(pc.binary_length(some), _number(0)) for some in (texts, labels))
-            usable = pc.invert(pc.or_(no_text, no_label))
-            if not pc.all(usable).as_py():
-                for reason, which in (("empty text", no_text), ("empty label", pc.and_not(no_label, no_text))):
-                    found = _view(pc.indices_nonzero(which), np.uint64).astype(np.int64) + block.first
-                    if len(found):
-                        cleaned.dropped.setdefault(reason, []).append(found)
-                texts, labels = texts.filter(usable), labels.filter(usable)
-            coded = labels.dictionary_encode()
-            numbers = np.array([index.setdefault(name, len(index)) for name in coded.dictionary.to_pylist()], np.int32)
-            hashes = np.fromiter(map(hash, texts.to_pylist()), np.int64, len(texts))
-            parts.append((numbers[_view(coded.indices, np.int32)], hashes))
-            kept.write_batch(pa.record_batch([texts], schema))
-    if parts:
-        cleaned.labels, cleaned.texts = (np.concatenate(some) for some in zip(*parts, strict=True))
+    tidied = partial(_tidied, secrets.randbits(64))
+    with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, schema) as kept, _workers() as pool:
+        for block in _in_order(pool, tidied, blocks):
+            for reason, records in block.dropped.items():
+                cleaned.dropped.setdefault(reason, []).append(records)
+            numbers = np.array([index.setdefault(name, len(index)) for name in block.names], np.intc)
+            labels.frombytes(numbers[block.labels].tobytes())
+            texts.frombytes(block.fingerprints.tobytes())
+            kept.write_batch(pa.record_batch([block.texts], schema))
+    cleaned.labels, cleaned.texts = np.frombuffer(labels, np.intc), np.frombuffer(texts, np.int64)
     cleaned.names = list(index)
     return cleaned
 
 
-def _tidied(block: Block) -> Block:
-    return Block(_folded(block.texts), pc.utf8_trim_whitespace(block.labels), block.first)
+def _tidied(secret: int, block: Block) -> Tidied:
+    texts, labels = _folded(block.texts), pc.utf8_trim_whitespace(block.labels)
+    no_text, no_label = (pc.equal(pc.binary_length(some), _number(0)) for some in (texts, labels))
+    usable = pc.invert(pc.or_(no_text, no_label))
+    dropped = {}
+    if not pc.all(usable).as_py():
+        for reason, which in (("empty text", no_text), ("empty label", pc.and_not(no_label, no_text))):
+            found = _view(pc.indices_nonzero(which), np.uint64).astype(np.int64) + block.first
+            if len(found):
+                dropped[reason] = found
+        texts, labels = texts.filter(usable), labels.filter(usable)
+    coded = labels.dictionary_encode()
+    numbers = fingerprints(_bytes(texts), _ends(texts), secret)
+    return Tidied(texts, coded.dictionary.to_pylist(), _view(coded.indices, np.int32), numbers, dropped)
 
 
-def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The next block is parsed and folded while this one is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _workers() -> ThreadPoolExecutor:
+    """Threads do: what they do happens in pyarrow and numpy, which let others on."""
+    return ThreadPoolExecutor(_cores())
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], given: Iterable[Any]) -> Iterator[Any]:
+    """As map, with a few blocks under work or waiting, and not the whole file."""
+    waiting: deque[Future[Any]] = deque()
+    for one in given:
+        waiting.append(pool.submit(work, one))
+        if len(waiting) > _cores():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _folded(texts: pa.Array) -> pa.Array:
@@ -215,11 +249,22 @@ def _view(values: pa.Array, kind: Any) -> np.ndarray:
 
 def _bytes(texts: pa.Array) -> np.ndarray:
     """All texts, one behind the other."""
-    if not len(texts):
+    ends = _places(texts)
+    if ends[-1] == ends[0]:
         return np.empty(0, np.uint8)
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int32, len(texts) + 1, texts.offset * 4)
-    return np.frombuffer(data, np.uint8, int(ends[-1] - ends[0]), int(ends[0]))
+    return np.frombuffer(texts.buffers()[2], np.uint8, int(ends[-1] - ends[0]), int(ends[0]))
+
+
+def _ends(texts: pa.Array) -> np.ndarray:
+    """Where in these bytes each text ends, after where the first begins."""
+    ends = _places(texts)
+    return ends - ends[0]
+
+
+def _places(texts: pa.Array) -> np.ndarray:
+    if not len(texts):
+        return np.zeros(1, np.int32)
+    return np.frombuffer(texts.buffers()[1], np.int32, len(texts) + 1, texts.offset * 4)
 
 
 def _number(value: int) -> pa.Scalar:
@@ -240,24 +285,33 @@ def _split_and_write(
     cleaned: Cleaned,
     reading: Reading,
 ) -> dict[str, Any]:
-    sizes = np.bincount(cleaned.labels, minlength=len(cleaned.names))
+    sizes = counts(cleaned.labels)
     rare = sizes < columns.min_samples_per_class
     if (~rare).sum() < 2:
         raise UserError(
             f"{source}: {(~rare).sum()} codes have {columns.min_samples_per_class} rows or more, and two are needed to "
             "tell apart; add rows or lower --min-samples-per-class"
         )
-    keep = ~rare[cleaned.labels]
-    belongs = np.full(len(keep), -1, np.int8)
-    belongs[keep] = _assign(cleaned.labels[keep], cleaned.texts[keep], split, seed, columns.allow_leak)
-    totals = np.stack([np.bincount(cleaned.labels[belongs == s], minlength=len(cleaned.names)) for s in range(3)])
+    labels, texts, kept = cleaned.labels, cleaned.texts, None
+    if rare.any():
+        kept = ~rare[labels]
+        labels, texts = labels[kept], texts[kept]
+    same, cleaned.texts = Same.of(texts), np.empty(0, np.int64)
+    del texts
+    belongs = assign(labels, None if columns.allow_leak else same, split, seed)
+    totals = np.stack([np.bincount(labels[belongs == s], minlength=len(cleaned.names)) for s in range(3)])
     empty = [name for name, count in zip(SPLITS, totals.sum(axis=1), strict=True) if not count]
     if empty:
         raise UserError(
-            f"{source}: {keep.sum()} usable rows leave nothing for the {' and '.join(empty)} split; "
+            f"{source}: {len(labels)} usable rows leave nothing for the {' and '.join(empty)} split; "
             "more rows are needed"
         )
-    twice, in_conflict, leaking = _identical(cleaned, keep, belongs)
+    differing, leaking = same.differing(labels), same.differing(belongs)
+    in_conflict = same.rows_of(differing)
+    if kept is not None:
+        in_conflict = np.flatnonzero(kept)[in_conflict] if len(in_conflict) else in_conflict
+        within, belongs = belongs, np.full(len(cleaned.labels), -1, np.int8)
+        belongs[kept] = within
     longest = _write(folder, cleaned, belongs, in_conflict)
     order = [int(i) for i in np.argsort(-sizes, kind="stable") if not rare[i]]
     by_class = {cleaned.names[i]: int(sizes[i]) for i in order}
@@ -268,22 +322,20 @@ def _split_and_write(
     with writing(folder / "classes.svg") as file:
         file.write(_bars(by_class))
     if rare.any():
-        lost = [record for parts in cleaned.dropped.values() for record in parts]
-        records = np.arange(len(keep) + sum(map(len, lost)))
-        usable = np.setdiff1d(records, np.concatenate(lost)) if lost else records
-        cleaned.dropped[f"class with fewer than {columns.min_samples_per_class} rows"] = [usable[~keep]]
+        reason = f"class with fewer than {columns.min_samples_per_class} rows"
+        cleaned.dropped[reason] = [_records(np.flatnonzero(belongs < 0), cleaned)]
     return {
         **reading.notes,
         "dropped_classes": {
             cleaned.names[i]: int(sizes[i]) for i in sorted(np.flatnonzero(rare), key=lambda i: (-sizes[i], i))
         },
         "labels": [cleaned.names[i] for i in order],
-        "rows": int(keep.sum()),
+        "rows": len(labels),
         "dropped": _dropped(source, layout, cleaned, reading),
         "identical_texts": {
-            "texts": twice,
-            "in_more_than_one_split": leaking,
-            "with_different_labels": len(in_conflict),
+            "texts": len(same.starts),
+            "in_more_than_one_split": int(leaking.sum()),
+            "with_different_labels": int(differing.sum()),
         },
         "longest_bytes": longest,
         "splits": {
@@ -293,105 +345,50 @@ def _split_and_write(
     }
 
 
-class _Same(NamedTuple):
-    """Rows grouped by their text."""
-
-    order: np.ndarray
-    """Rows with identical texts beside each other, each group in the file's order."""
-    starts: np.ndarray
-    counts: np.ndarray
-
-    @classmethod
-    def of(cls, texts: np.ndarray) -> "_Same":
-        order = np.argsort(texts, kind="stable")
-        ordered = texts[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        return cls(order, starts, np.diff(np.r_[starts, len(ordered)]))
+def _records(rows: np.ndarray, cleaned: Cleaned) -> np.ndarray:
+    """The records' numbers, of which those without text or label are no rows."""
+    parts = [part for parts in cleaned.dropped.values() for part in parts]
+    lost = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
+    return rows + np.searchsorted(lost - np.arange(len(lost)), rows, side="right")
 
 
-def _assign(labels: np.ndarray, texts: np.ndarray, split: Split, seed: int, allow_leak: bool) -> np.ndarray:
-    """0, 1 or 2 for every row: train, val, test. Identical texts go as one; every class has its share everywhere,
-    and something in train."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    same = None if allow_leak else _Same.of(texts)
-    if same is None or len(same.starts) == len(texts):
-        unit = np.arange(len(texts))
-        unit_labels, unit_sizes = labels, np.ones(len(texts), np.int64)
-    else:
-        # Hashes differ from process to process, so units are numbered by where they first occur.
-        first = same.order[same.starts]
-        rank = np.empty(len(first), np.int64)
-        by_first = np.argsort(first)
-        rank[by_first] = np.arange(len(first))
-        unit = np.empty(len(texts), np.int64)
-        unit[same.order] = np.repeat(rank, same.counts)
-        unit_labels, unit_sizes = labels[first[by_first]], same.counts[by_first]
-    # By label, and within a label by lot.
-    order = np.argsort(unit_labels + generator.random(len(unit_labels)))
-    sorted_labels, sorted_sizes = unit_labels[order], unit_sizes[order]
-    begins = np.r_[True, sorted_labels[1:] != sorted_labels[:-1]]
-    starts, group = np.flatnonzero(begins), np.cumsum(begins) - 1
-    before = np.r_[0, np.cumsum(sorted_sizes)[:-1]]
-    total = np.add.reduceat(sorted_sizes, starts)
-    # The first text of a class is for training; then validation takes its share, then the test.
-    first_size = sorted_sizes[starts]
-    validation, test = np.rint(total * split.validation), np.rint(total * split.test)
-    place = before - before[starts][group] - first_size[group]
-    middle = place + sorted_sizes / 2
-    belongs_unit = np.zeros(len(order), np.int8)
-    inside = place >= 0
-    belongs_unit[inside & (middle < validation[group])] = 1
-    belongs_unit[inside & (middle >= validation[group]) & (middle < (validation + test)[group])] = 2
-    of_unit = np.empty(len(order), np.int8)
-    of_unit[order] = belongs_unit
-    return of_unit[unit]
+class _Lines(NamedTuple):
+    """A block's rows as they will be written, by kind of file and split."""
+
+    written: dict[tuple[str, str], np.ndarray]
+    longest: int
+    conflicts: list[tuple[str, int]]
 
 
-def _identical(cleaned: Cleaned, keep: np.ndarray, belongs: np.ndarray) -> tuple[int, set[int], int]:
-    """How many texts occur more than once, which of them under different labels, and how many in several splits."""
-    same = _Same.of(cleaned.texts[keep])
-    order, starts = same.order, same.starts
-    labels, splits = cleaned.labels[keep][order], belongs[keep][order]
-    differ = np.minimum.reduceat(labels, starts) != np.maximum.reduceat(labels, starts)
-    leak = np.minimum.reduceat(splits, starts) != np.maximum.reduceat(splits, starts)
-    conflicts = cleaned.texts[keep][order[starts[differ]]]
-    return int((same.counts > 1).sum()), set(conflicts.tolist()), int(leak.sum())
-
-
-def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set[int]) -> int:
+def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: np.ndarray) -> int:
     """The texts once more, into their splits; the same rows as JSONL and as CSV. Returns the longest text's bytes."""
-    json_ends = _strings([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names])
-    csv_ends = _strings([f",{quoted(name)}\n" for name in cleaned.names])
-    conflicts: dict[tuple[str, int], int] = {}
-    conflicting = np.array(sorted(in_conflict), np.int64)
-    longest = at = 0
-    files = {(name, kind): (folder / f"{name}.{kind}").open("wb") for name in SPLITS for kind in ("jsonl", "csv")}
+    ends = {
+        "jsonl": _strings([f', "label": {json.dumps(name, ensure_ascii=False)}}}\n' for name in cleaned.names]),
+        "csv": _strings([f",{quoted(name)}\n" for name in cleaned.names]),
+    }
+    conflicts: Counter[tuple[str, int]] = Counter()
+    longest = 0
+    files = {(name, kind): (folder / f"{name}.{kind}").open("wb") for name in SPLITS for kind in _FORMS}
+    # A file's lines have an order, so that each kind has a writer of its own.
+    writers = {kind: ThreadPoolExecutor(1) for kind in _FORMS}
+    writing_now: deque[Future[None]] = deque()
     try:
         for name in SPLITS:
             files[name, "csv"].write(b"text,label\n")
-        with pa.memory_map(str(cleaned.scratch)) as mapped, ThreadPoolExecutor(2) as pool:
-            reader = pa.ipc.open_file(mapped)
-            for number in range(reader.num_record_batches):
-                texts = reader.get_batch(number).column(0)
-                here = slice(at, at + len(texts))
-                at += len(texts)
-                labels, split = _numbers(cleaned.labels[here]), belongs[here]
-                which = _numbers(split.astype(np.int32))
-                masks = [pc.equal(which, _number(s)) for s in range(3)]
-                longest = max(longest, pc.max(pc.binary_length(texts)).as_py() or 0)
-                work = [
-                    pool.submit(_write_lines, form, texts, labels, ends, masks, [files[name, kind] for name in SPLITS])
-                    for kind, form, ends in (("jsonl", _as_json, json_ends), ("csv", _as_csv, csv_ends))
-                ]
-                for done in work:
-                    done.result()
-                if len(conflicting):
-                    some = np.flatnonzero(np.isin(cleaned.texts[here], conflicting) & (split >= 0))
-                    for text, label in zip(
-                        texts.take(_numbers(some.astype(np.int32))).to_pylist(), cleaned.labels[here][some], strict=True
-                    ):
-                        conflicts[text, int(label)] = conflicts.get((text, int(label)), 0) + 1
+        with pa.OSFile(str(cleaned.scratch)) as scratch, _workers() as pool:
+            work = partial(_lines_of, cleaned.labels, belongs, in_conflict, ends)
+            for lines in _in_order(pool, work, _kept(scratch)):
+                longest = max(longest, lines.longest)
+                conflicts.update(lines.conflicts)
+                for kind, writer in writers.items():
+                    writing_now.append(writer.submit(_write_lines, files, kind, lines))
+                while len(writing_now) > 2 * len(writers):
+                    writing_now.popleft().result()
+            for done in writing_now:
+                done.result()
     finally:
+        for writer in writers.values():
+            writer.shutdown()
         for file in files.values():
             file.close()
     with writing(folder / "conflicts.csv", newline="") as table:
@@ -401,17 +398,38 @@ def _write(folder: Path, cleaned: Cleaned, belongs: np.ndarray, in_conflict: set
     return longest
 
 
-def _write_lines(
-    form: Callable[[pa.Array, pa.Array], pa.Array],
-    texts: pa.Array,
-    labels: pa.Array,
-    ends: pa.Array,
-    masks: Sequence[pa.Array],
-    files: Sequence[Any],
-) -> None:
-    lines = form(texts, ends.take(labels))
-    for mask, file in zip(masks, files, strict=True):
-        file.write(_bytes(lines.filter(mask)).data)
+def _kept(scratch: pa.NativeFile) -> Iterator[tuple[pa.Array, int]]:
+    """Texts of the scratch file, and the number of the first."""
+    reader = pa.ipc.open_file(scratch)
+    at = 0
+    for number in range(reader.num_record_batches):
+        texts = reader.get_batch(number).column(0)
+        yield texts, at
+        at += len(texts)
+
+
+def _lines_of(
+    labels: np.ndarray, belongs: np.ndarray, in_conflict: np.ndarray, ends: dict[str, pa.Array],
+    block: tuple[pa.Array, int],
+) -> _Lines:  # fmt: skip
+    texts, at = block
+    here = slice(at, at + len(texts))
+    numbers, split = _numbers(labels[here]), _numbers(belongs[here].astype(np.int32))
+    masks = {name: pc.equal(split, _number(s)) for s, name in enumerate(SPLITS)}
+    written: dict[tuple[str, str], np.ndarray] = {}
+    for kind, form in _FORMS.items():
+        lines = form(texts, ends[kind].take(numbers))
+        written |= {(name, kind): _bytes(lines.filter(mask)) for name, mask in masks.items()}
+    first, last = np.searchsorted(in_conflict, (here.start, here.stop))
+    some = in_conflict[first:last]
+    differing = texts.take(_numbers((some - at).astype(np.int32))).to_pylist()
+    longest = pc.max(pc.binary_length(texts)).as_py() or 0
+    return _Lines(written, longest, list(zip(differing, labels[some].tolist(), strict=True)))
+
+
+def _write_lines(files: dict[tuple[str, str], Any], kind: str, lines: _Lines) -> None:
+    for name in SPLITS:
+        files[name, kind].write(lines.written[name, kind].data)
 
 
 def _as_json(texts: pa.Array, ends: pa.Array) -> pa.Array:
@@ -429,6 +447,9 @@ def _as_csv(texts: pa.Array, ends: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(_string('"'), doubled, _string('"'), ends, _string(""))
 
 
+_FORMS = {"jsonl": _as_json, "csv": _as_csv}
+
+
 def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -> dict[str, dict[str, Any]]:
     """Counts and first lines by reason."""
     found = {reason: np.concatenate(parts) for reason, parts in cleaned.dropped.items()}
@@ -443,35 +464,55 @@ def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -
 
 
 def _lines(source: Path, layout: Layout, cleaned: Cleaned, wanted: set[int]) -> dict[int, int]:
-    """Record -> line. Where not every record is one line, by reading the file once more, as far as is needed."""
+    """Record -> line."""
     if not wanted:
         return {}
     # Those that lost their class are among cleaned.labels, the others are not.
     with_text = [part for reason, parts in cleaned.dropped.items() if reason.startswith("empty") for part in parts]
-    if _line_ends(source, layout) == layout.header_ends + len(cleaned.labels) + sum(map(len, with_text)):
-        return {record: layout.header_ends + 1 + record for record in wanted}
-    lines = {}
-    for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
-        if record in wanted:
-            lines[record] = line
-            if len(lines) == len(wanted):
-                break
-    return lines
+    records = len(cleaned.labels) + sum(map(len, with_text))
+    found = None if layout.encoding == "utf-16" else _lines_by_quotes(source, layout, records, np.array(sorted(wanted)))
+    if found is None:
+        found = {}
+        for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
+            if record in wanted:
+                found[record] = line
+                if len(found) == len(wanted):
+                    break
+    return found
 
 
-def _line_ends(source: Path, layout: Layout) -> int | None:
-    """How many line ends there are, if all are alike and counted in no time."""
-    if layout.encoding == "utf-16":
-        return None
-    count = returns = pairs = 0
-    last = b""
+def _lines_by_quotes(source: Path, layout: Layout, records: int, wanted: np.ndarray) -> dict[int, int] | None:
+    """A line end after an odd number of quotes is inside a text, any other ends a record, unless it ends an empty
+    line. None where that is not how the file is written: where it does not lead to as many records as were read."""
+    found: dict[int, int] = {}
+    record, line, rest = 0, layout.header_ends + 1, b""
     with source.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            pairs += chunk.count(b"\r\n") + (last == b"\r" and chunk[:1] == b"\n")
-            returns += chunk.count(b"\r")
-            count += chunk.count(b"\n")
-            last = chunk[-1:]
-    return count + (last != b"\n") if returns == pairs else None
+        lines = [file.readline() for _ in range(layout.header_ends)]
+        if _lone_returns(b"".join(lines)):
+            return None
+        while True:
+            chunk = file.read(_BLOCK)
+            data = np.frombuffer(rest + (chunk or b"\n"), np.uint8)
+            ends, quotes = np.flatnonzero(data == ord("\n")), np.flatnonzero(data == ord('"'))
+            outside = np.flatnonzero(np.searchsorted(quotes, ends) % 2 == 0)
+            whole = int(ends[outside[-1]]) + 1 if len(outside) else 0
+            rest = data[whole:].tobytes()
+            if len(rest) > 64 * _BLOCK or _lone_returns(data[:whole].tobytes()):
+                return None
+            starts = np.r_[0, ends[outside] + 1][:-1]
+            empty = (length := ends[outside] - starts) == 0
+            empty |= (length == 1) & (data[starts] == ord("\r"))
+            at = (line + np.r_[0, outside + 1][:-1])[~empty]
+            first, last = np.searchsorted(wanted, (record, record + len(at)))
+            found |= {int(one): int(at[one - record]) for one in wanted[first:last]}
+            record += len(at)
+            line += int(outside[-1]) + 1 if len(outside) else 0
+            if not chunk:
+                return found if record == records and not rest else None
+
+
+def _lone_returns(data: bytes) -> bool:
+    return data.count(b"\r") != data.count(b"\r\n")
 
 
 def _bars(sizes: dict[str, int]) -> str:
