@@ -275,7 +275,10 @@ def kill_and_resume(
         code = process.wait()
         if code == 0 or (Run(run).config.is_file() and not Run(run).unfinished):
             return
-        if code == 2 or any(line.startswith("Traceback") for line in commands.complaints()):
+        complaints = commands.complaints()
+        # Ctrl-C while Python was still reading the command's modules: nobody there could have said anything.
+        unheard = code == -signal.SIGINT and not any("in as_command" in line for line in complaints)
+        if code == 2 or (any(line.startswith("Traceback") for line in complaints) and not unheard):
             commands.check(code, "train")
     raise Fault(f"not done after {_MOST_TRIES} attempts")
 
