@@ -51,12 +51,18 @@ if os.environ.get("RANK") == "1":
 # Chunks so small that both processes get some.
 SMALL_CHUNKS = "import recipes.stages.predict as predict\npredict.CHUNK = 8\n"
 
+# The others are started by torchrun.
+BY_ACCELERATE = "polyglot_1_3b_ohlora"
+
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def command_of(processes: int, *arguments: str) -> list[str]:
     launcher = [sys.executable, "-m"]
-    if processes > 1:
+    if processes > 1 and f"recipes.{BY_ACCELERATE}" in arguments:
+        launcher += ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
+        launcher += ["--num_processes", str(processes), "-m"]
+    elif processes > 1:
         # Without the two dashes torchrun takes --run for the beginning of an option of its own.
         launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m", "--"]
     return [*launcher, *arguments]
