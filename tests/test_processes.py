@@ -51,16 +51,14 @@ if os.environ.get("RANK") == "1":
 # Chunks so small that both processes get some.
 SMALL_CHUNKS = "import recipes.stages.predict as predict\npredict.CHUNK = 8\n"
 
-# The others are started by torchrun.
-BY_ACCELERATE = "polyglot_1_3b_ohlora"
-
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def command_of(processes: int, *arguments: str) -> list[str]:
+def command_of(processes: int, *arguments: str, file: str = "") -> list[str]:
+    """By torchrun, or by accelerate with one of our files."""
     launcher = [sys.executable, "-m"]
-    if processes > 1 and f"recipes.{BY_ACCELERATE}" in arguments:
-        launcher += ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
+    if processes > 1 and file:
+        launcher += ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / file)]
         launcher += ["--num_processes", str(processes), "-m"]
     elif processes > 1:
         # Without the two dashes torchrun takes --run for the beginning of an option of its own.
@@ -75,10 +73,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(place: Path) -> Start:
-    def run(processes: int, *arguments: str, patch: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        processes: int, *arguments: str, file: str = "", patch: str = "", **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command_of(processes, *arguments), cwd=place, env=environment(place, patch, **environ), capture_output=True,
-            text=True, timeout=600,
+            command_of(processes, *arguments, file=file), cwd=place, env=environment(place, patch, **environ),
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
 
     return run
@@ -125,7 +125,7 @@ def learned(place: Path, start: Start) -> Callable[[str], list[tuple[Path, subpr
                     number, f"recipes.{name}", "train", "--backend", backend, "--max-steps", "4", "--lora-dropout", "0",
                     "--neftune-alpha", "0", "--log-every", "1", "--early-stopping", "off", "--batch-size",
                     str(8 // number // (1 + ("--accumulation" in flags))), *flags, "--run", str(path), patch=WATCHED,
-                    WATCHED=str(path),
+                    WATCHED=str(path), file="ddp.yaml" * (name == "polyglot_1_3b_ohlora"),
                 ))
                 for number, path in ((1, one), (2, two))
             ]  # fmt: skip
@@ -387,6 +387,21 @@ def test_weights_divided_by_fsdp2_learn_the_same(name: str, start: Start, place:
     assert apart(divided, whole) < 5e-3
     ends = [list(read_jsonl(run / "validation.jsonl"))[-1] for run in (divided, whole)]
     assert ends[0]["eval_loss"] == pytest.approx(ends[1]["eval_loss"], abs=2e-3)
+
+
+def test_weights_divided_by_deepspeed_learn_the_same(start: Start, place: Path, learned: Any) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed hjson py-cpuinfo")
+    whole = learned("polyglot_1_3b_ohlora")[0][0]
+    divided = small_run("polyglot_1_3b_ohlora", place / "polyglot-zero3")
+    done = start(
+        2, "recipes.polyglot_1_3b_ohlora", "train", "--backend", "peft", "--max-steps", "4", "--lora-dropout", "0",
+        "--neftune-alpha", "0", "--log-every", "1", "--early-stopping", "off", "--batch-size", "4", "--run",
+        str(divided), file="zero3.yaml", DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [[step["loss"] for step in read_jsonl(run / "steps.jsonl")] for run in (divided, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert apart(divided, whole) < 1e-3
 
 
 def test_a_drawn_row_is_dealt_to_one_process() -> None:
