@@ -1,4 +1,4 @@
-"""Measurements: python -m bench compare | plan | balance | classify | prepare | recipes, and what to do with them."""
+"""Measurements: python -m bench compare | plan | balance | classify | answers | prepare | recipes, and what to do with them."""
 
 import importlib
 import sys
@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "balance": ("balance:main", "which way of weighing rare classes wins"),
     "classify": ("classify:main", "payments a second: one at a time, batched, over the tree of codes, and the bound"),
+    "answers": ("answers:main", "a chat recipe's answers a second: generate() in a loop, and what predict does"),
     "prepare": ("prepare:main", "preparing 388,706 payments against writing the same bytes"),
     "scaling": ("scaling:main", "predict --file in one process and in two, and what that means for more"),
     "soak": ("soak:main", "trainings killed at random moments and resumed: is it the same adapter?"),

@@ -93,6 +93,14 @@ def classify() -> str:
     return report.markdown(["way", "payments/s", "valid codes"], lines) + "\n\n" + told
 
 
+def answers() -> str:
+    found = read_json(RESULTS / "answers.json")
+    named = {"loop": "generate() in a loop", "ours": "evaluate and predict"}
+    lines = [[what, f"{found['answers_per_second'][way]:.2f}"] for way, what in named.items()]
+    told = f"{report.said(found['ratio_to_loop'])}; {found['same']:.0%} of the answers are the same."
+    return report.markdown(["way", "answers/s"], lines) + "\n\n" + told
+
+
 def prepare() -> str:
     found = read_json(RESULTS / "prepare.json")
     lines = [["prepare", f"{found['prepare_seconds']:.2f} s", ""]]
@@ -181,8 +189,8 @@ def trained() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "balance": balance, "classify": classify, "prepare": prepare, "recipes": recipes, "compare": compare,
-    "trust": trust, "soak": soaked, "train": trained,
+    "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
+    "compare": compare, "trust": trust, "soak": soaked, "train": trained,
 }  # fmt: skip
 
 

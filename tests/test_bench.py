@@ -36,6 +36,23 @@ def test_prepare(command: Command) -> None:
     assert 10e6 < found["prepare_peak_resident_bytes"] < 450e6
 
 
+def test_answers(command: Command) -> None:
+    done = command(
+        "bench", "answers", "--recipe", "polyglot_1_3b_ohlora", "--size", "tiny", "--steps", "4", "--questions", "12",
+        "--repeats", "2", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["same"] == 1
+    loop, ours = (found["seconds_each"][way] for way in ("loop", "ours"))
+    assert len(loop) == len(ours) == found["ratio_to_loop"]["pairs"] == 2
+    assert found["ratio_to_loop"]["value"] == pytest.approx((loop[0] / ours[0] * loop[1] / ours[1]) ** 0.5)
+    for name, what in (("gemma3_12b_opercode", "generates nothing"), ("nobody", "not known")):
+        done = command("bench", "answers", "--recipe", name)
+        assert done.returncode == 2
+        assert what in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_classify(command: Command) -> None:
     done = command(
         "bench", "classify", "--size", "tiny", "--steps", "4", "--classes", "12", "--texts", "16", "--repeats", "1",

@@ -9,7 +9,7 @@ from conftest import recipe
 
 from fallback.choose import choose
 from recipes.stages.base_model import settle
-from recipes.stages.generation import Pieces, StopAt, before_stop, end_ids, generate, stream
+from recipes.stages.generation import Pieces, StopAt, batches, before_stop, end_ids, generate, stream
 from recipes.stages.recipe import Message, Sampling
 from recipes.stages.train import Model, load_for_training
 
@@ -76,6 +76,14 @@ def test_a_batch_answers_as_each_question_alone(model: Model) -> None:
     together = generate(model, prompts, greedy, (STOP,))
     alone = [generate(model, [prompt], greedy, (STOP,))[0] for prompt in prompts]
     assert together == alone
+
+
+def test_batches_hold_as_many_tokens_as_there_may_be() -> None:
+    prompts = [[0] * length for length in (5, 30, 10, 8, 90, 7)]
+    sampling = Sampling(max_new_tokens=10, batch_size=3)
+    assert list(batches(prompts, sampling, 80)) == [[4], [1, 2], [3, 5, 0]]
+    assert list(batches(prompts, sampling, 10**9)) == [[4, 1, 2], [3, 5, 0]]
+    assert list(batches([], sampling, 80)) == []
 
 
 def test_streamed_and_whole_answers_are_the_same(model: Model) -> None:

@@ -1,7 +1,8 @@
 """Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string."""
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Sampling
+from recipes.stages.scoring import affordable_tokens
 from recipes.stages.train import Model
 
 # A character may be spread over several tokens; until the last has come it decodes to this.
@@ -123,14 +125,21 @@ def generate(
 ) -> list[Answer]:
     """Answers in the order of the prompts. Computed in batches of like length, so that little is padding."""
     encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    starts = range(0, len(order), sampling.batch_size)
     found: list[tuple[int, Answer]] = []
-    for _, start in team.mine(starts):
-        batch = order[start : start + sampling.batch_size]
+    for _, batch in team.mine(list(batches(encoded, sampling, affordable_tokens(model.network, sys.maxsize)))):
         found += zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop), strict=True)
         done(len(batch))
     return team.together(found)
+
+
+def batches(prompts: Sequence[Sequence[int]], sampling: Sampling, tokens: int) -> Iterator[list[int]]:
+    """The longest first; as many at one time as there may be tokens, the answers' own among them."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    while order:
+        rows = tokens // (len(prompts[order[0]]) + sampling.max_new_tokens)
+        rows = max(1, min(sampling.batch_size, rows))
+        yield order[:rows]
+        order = order[rows:]
 
 
 def several(

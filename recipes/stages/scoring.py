@@ -257,13 +257,13 @@ def score(
     return scores
 
 
-def affordable_tokens(network: Any) -> int:
-    """As many tokens as CACHE_BYTES holds keys and values of."""
+def affordable_tokens(network: Any, most: int = MOST_TOKENS) -> int:
+    """As many tokens as CACHE_BYTES holds keys and values of, up to `most`."""
     config = network.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * network.dtype.itemsize
-    return max(1024, min(MOST_TOKENS, CACHE_BYTES // per_token))
+    return max(1024, min(most, CACHE_BYTES // per_token))
 
 
 def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
