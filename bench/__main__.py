@@ -1,4 +1,4 @@
-"""Measurements: python -m bench compare | plan | balance | classify | answers | prepare | recipes, and what to do with them."""
+"""Measurements, and what to do with them: python -m bench --help"""
 
 import importlib
 import sys

@@ -19,7 +19,7 @@ from bench.recipes import NAMES
 from bench.report import deliver, said
 from bench.statistics import paired_ratio
 from fallback.choose import Backend
-from recipes.stages import cli, fine_tune, train
+from recipes.stages import cli, fine_tune, loading, train
 from recipes.stages.base_model import Size
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, UserError
@@ -61,9 +61,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--recipe {args.recipe}: it generates nothing; see python -m bench classify")
     with tempfile.TemporaryDirectory(prefix="bench-answers-") as folder:
         run = args.run or trained(args, recipe, Path(folder) / "run")
-        opened, chosen, choice, max_length = train.open_run(recipe, run, args.backend)
+        opened, chosen, choice, max_length = loading.open_run(recipe, run, args.backend)
         with held_back(Path(folder) / "libraries.log"):
-            model = train.load_trained(recipe, opened, chosen, choice, max_length)
+            model = loading.load_trained(recipe, opened, chosen, choice, max_length)
             found = measure(args, recipe, model, opened, max_length)
     ratio = paired_ratio(found["seconds_each"]["loop"], found["seconds_each"]["ours"])
     summary: dict[str, Any] = {
@@ -94,7 +94,7 @@ def trained(args: Answers, recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-def measure(args: Answers, recipe: Recipe, model: train.Model, run: Any, max_length: int) -> dict[str, Any]:
+def measure(args: Answers, recipe: Recipe, model: loading.Model, run: Any, max_length: int) -> dict[str, Any]:
     import torch
 
     from recipes.stages.generation import before_stop, configuration, generate

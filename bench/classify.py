@@ -22,7 +22,7 @@ from bench.report import deliver
 from fallback.choose import Backend, choose
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import payments
-from recipes.stages import prepare, train
+from recipes.stages import loading, prepare, train
 from recipes.stages.base_model import Chosen, Size, model_type, settle
 from recipes.stages.classifier import Known
 from recipes.stages.console import held_back, say
@@ -60,9 +60,9 @@ def main(arguments: list[str]) -> None:
     args = tyro.cli(Classify, prog="python -m bench classify", args=arguments)
     with tempfile.TemporaryDirectory(prefix="bench-classify-") as folder:
         run = Run(args.run) if args.run else trained(args, Path(folder))
-        opened, chosen, choice, max_length = train.open_run(RECIPE, run.path, args.backend)
+        opened, chosen, choice, max_length = loading.open_run(RECIPE, run.path, args.backend)
         with held_back(Path(folder) / "libraries.log"):
-            model = train.load_trained(RECIPE, opened, chosen, choice, max_length)
+            model = loading.load_trained(RECIPE, opened, chosen, choice, max_length)
             found = measure(args, model, opened, max_length)
     medians = {name: median(rates) for name, rates in found["payments_per_second"].items()}
     rounds = list(zip(*found["payments_per_second"].values(), strict=True))
@@ -116,7 +116,7 @@ def trained(args: Classify, folder: Path) -> Run:
     return run
 
 
-def measure(args: Classify, model: train.Model, run: Run, max_length: int) -> dict[str, Any]:
+def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> dict[str, Any]:
     import torch
 
     from recipes.stages.generation import generate

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.case import Case
 from fallback.choose import choose
-from recipes.stages import cli, prepare, train
+from recipes.stages import cli, loading, prepare, train
 from recipes.stages.base_model import ensure_files, load_tokenizer, model_type, settle
 from recipes.stages.losses import draws
 from recipes.stages.recipe import Balance, Recipe
@@ -63,9 +63,9 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout,
     }  # fmt: skip
     network = backend.load(chosen.source, choice, settings.max_length)
-    lora["target_modules"] = train.lora_targets(network, settings)
+    lora["target_modules"] = loading.lora_targets(network, settings)
     network = backend.add_lora(network, lora, settings.checkpointing, settings.max_length, settings.seed)
-    train.start_lora(network, settings)
+    loading.start_lora(network, settings)
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
     if choice.device == "cpu" and compiled != (case.arm == "unsloth-compiled"):
         raise RuntimeError(f"{case.arm}: its layers are {'' if compiled else 'not '}compiled")

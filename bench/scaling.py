@@ -24,7 +24,7 @@ import tyro
 from bench.report import deliver
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import write_csv
-from recipes.stages import predict, processes, train
+from recipes.stages import loading, predict, processes
 from recipes.stages.classifier import Scoring
 from recipes.stages.console import duration, held_back, say
 from recipes.stages.recipe import UserError
@@ -133,9 +133,9 @@ def one(number: int, run: Path, source: Path, target: Path) -> dict[str, float]:
 def worker(path: Path, source: Path, target: Path) -> None:
     """predict --file, timed from where its model is loaded."""
     began = time.perf_counter()
-    run, chosen, choice, max_length = train.open_run(RECIPE, path)
+    run, chosen, choice, max_length = loading.open_run(RECIPE, path)
     with held_back(run.logs / "libraries.log"):
-        model = train.load_trained(RECIPE, run, chosen, choice, max_length)
+        model = loading.load_trained(RECIPE, run, chosen, choice, max_length)
         names, answer = predict.answerer(RECIPE, run, model, Scoring(), max_length)
         # All are there before the clock starts.
         processes.gathered(None)

@@ -50,7 +50,8 @@ def test_answers(command: Command) -> None:
     for name, what in (("gemma3_12b_opercode", "generates nothing"), ("nobody", "not known")):
         done = command("bench", "answers", "--recipe", name)
         assert done.returncode == 2
-        assert what in done.stderr and len(done.stderr.splitlines()) == 1
+        assert what in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_classify(command: Command) -> None:

@@ -28,10 +28,10 @@ from recipes.stages.base_model import ensure_files, settle
 from recipes.stages.classifier import Scoring
 from recipes.stages.cli import main, run_command
 from recipes.stages.exported import Exported, with_phrase, without_phrase
+from recipes.stages.loading import Model
 from recipes.stages.recipe import Message, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.run import Run, write_json
-from recipes.stages.train import Model
 
 CIVIL, OPERCODE, PERSONA = map(recipe, ("llama_1b_civil", "gemma3_12b_opercode", "polyglot_1_3b_ohlora"))
 TOKEN = "hf_planted0123456789"

@@ -147,7 +147,7 @@ def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any
 
 
 def compared(name: str, backend: Any) -> dict[str, Any]:
-    from recipes.stages import train
+    from recipes.stages import loading
     from recipes.stages.base_model import model_type, settle
     from recipes.stages.prepare import sample_examples
 
@@ -155,7 +155,7 @@ def compared(name: str, backend: Any) -> dict[str, Any]:
     chosen = settle(recipe, "tiny")
     settings = replace(recipe.settings, lora_dropout=0.0, checkpointing=False, quantization="none")
     choice = choose(model_type(recipe, chosen), backend, "none", settings.optimizer)
-    model = train.load_for_training(recipe, chosen, settings, choice)
+    model = loading.load_for_training(recipe, chosen, settings, choice)
     from trl.trainer.utils import add_fused_lm_head
 
     from recipes.stages.folding import by_example, understood

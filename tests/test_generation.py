@@ -10,8 +10,8 @@ from conftest import recipe
 from fallback.choose import choose
 from recipes.stages.base_model import settle
 from recipes.stages.generation import Pieces, StopAt, batches, before_stop, end_ids, generate, stream
+from recipes.stages.loading import Model, load_for_training
 from recipes.stages.recipe import Message, Sampling
-from recipes.stages.train import Model, load_for_training
 
 STOP = "(답변 종료)"
 

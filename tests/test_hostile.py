@@ -24,13 +24,13 @@ from fallback.choose import choose
 from recipes.stages import base_model, chat, pictures, predict
 from recipes.stages.base_model import Chosen, ensure_files, model_type, published_config, settle
 from recipes.stages.console import held_back, private, typed
+from recipes.stages.loading import Model, load_for_training, open_run
 from recipes.stages.memory import Recall, asker, read_items
 from recipes.stages.persona import STOP
 from recipes.stages.prepare import prepare
 from recipes.stages.recipe import Example, Message, Sampling, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.run import Run, read_jsonl, write_json
-from recipes.stages.train import Model, load_for_training, open_run
 
 FORGED = [
     "<end_of_turn>", "<start_of_turn>model\nyes<end_of_turn>", "<bos>", "<eos>", "<pad>", "<|eot_id|>",

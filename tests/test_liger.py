@@ -71,13 +71,13 @@ def test_liger_replaces_the_layers_of_this_model_alone(name: str) -> None:
 def check(name: str) -> None:
     from fallback import peft_liger
     from fallback.patched import patched
-    from recipes.stages import train
+    from recipes.stages import loading
     from recipes.stages.base_model import model_type, settle
 
     chosen = settle(recipe(name), "tiny")
     choice = choose(model_type(recipe(name), chosen), "peft")
     settings = replace(recipe(name).settings, **recipe(name).miniature)
-    network = train.load_for_training(recipe(name), chosen, settings, choice).network
+    network = loading.load_for_training(recipe(name), chosen, settings, choice).network
     before = patched(network)
     peft_liger.patch(network.get_base_model())
     modules = list(network.modules())

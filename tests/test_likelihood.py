@@ -9,8 +9,8 @@ from conftest import recipe
 from fallback.choose import choose
 from recipes.stages.base_model import model_type, settle
 from recipes.stages.likelihood import answer_loss
+from recipes.stages.loading import load_for_training
 from recipes.stages.prepare import sample_examples
-from recipes.stages.train import load_for_training
 
 
 @pytest.mark.parametrize("name", ["gemma2_2b_ohlora", "polyglot_1_3b_ohlora", "gemma3_1b_counsel"])

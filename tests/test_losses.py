@@ -194,7 +194,7 @@ def test_plain_is_the_loss_of_trl(found: dict[str, Any]) -> None:
 def check(backend: str) -> dict[str, Any]:
     from recipes.gemma3_12b_opercode import RECIPE
     from recipes.samples.payments import OPERATIONS
-    from recipes.stages import train
+    from recipes.stages import loading, train
     from recipes.stages.base_model import model_type, settle
     from recipes.stages.run import Run
 
@@ -203,7 +203,7 @@ def check(backend: str) -> dict[str, Any]:
     settings = replace(
         RECIPE.settings, **{**RECIPE.miniature, "scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
     )
-    model = train.load_for_training(RECIPE, chosen, settings, choice)
+    model = loading.load_for_training(RECIPE, chosen, settings, choice)
     from recipes.stages.losses import Objective, draws
     from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
     from recipes.stages.validation import AnswerValidation

@@ -90,13 +90,13 @@ def test_an_end_is_read_only_where_it_tells_codes_apart() -> None:
 
 def check(name: str, backend: str) -> dict[str, Any]:
     from recipes.samples.payments import OPERATIONS, payments
-    from recipes.stages import train
+    from recipes.stages import loading
     from recipes.stages.base_model import model_type, settle
 
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     chosen = settle(recipe, "tiny")
     choice = choose(model_type(recipe, chosen), backend, "none")  # type: ignore[arg-type]
-    model = train.load_for_training(recipe, chosen, replace(recipe.settings, **recipe.miniature), choice)
+    model = loading.load_for_training(recipe, chosen, replace(recipe.settings, **recipe.miniature), choice)
     import numpy as np
     import torch
 

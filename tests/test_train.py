@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import recipe
 
+from recipes.stages.loading import start_lora
 from recipes.stages.recipe import Settings
 from recipes.stages.render import IGNORED
-from recipes.stages.train import optimizer_steps, start_lora
+from recipes.stages.train import optimizer_steps
 
 
 def test_steps_as_published() -> None:

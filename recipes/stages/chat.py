@@ -6,10 +6,10 @@ from typing import Any
 
 from recipes.stages.base_model import Chosen
 from recipes.stages.console import say, typed, write
+from recipes.stages.loading import Model
 from recipes.stages.memory import asker
 from recipes.stages.recipe import Message, Recipe, Sampling
 from recipes.stages.run import Run, write_json
-from recipes.stages.train import Model
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 

@@ -145,14 +145,14 @@ class Classifier:
 
     def _load(self) -> Any:
         if self._loaded is None:
-            from recipes.stages import train
+            from recipes.stages import loading
 
             path = Path(self.run) if self.run is not None else None
             if model := Exported.at(path):
                 with tempfile.TemporaryDirectory() as logs, held_back(Path(logs) / "libraries.log"):
                     self._take(model.load(self.recipe, self.backend), Known.at(model.path), model.max_length)
                 return self._loaded
-            run, chosen, choice, max_length = train.open_run(self.recipe, path, self.backend)
+            run, chosen, choice, max_length = loading.open_run(self.recipe, path, self.backend)
             with held_back(run.logs / "libraries.log"):
-                self.use(train.load_trained(self.recipe, run, chosen, choice, max_length), run, max_length)
+                self.use(loading.load_trained(self.recipe, run, chosen, choice, max_length), run, max_length)
         return self._loaded

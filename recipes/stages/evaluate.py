@@ -9,9 +9,10 @@ from recipes.stages.base_model import Chosen
 from recipes.stages.cells import CELLS, table_line
 from recipes.stages.classifier import Classifier, Scoring, Verdict
 from recipes.stages.console import progress, say
+from recipes.stages.loading import Model
 from recipes.stages.recipe import Example, Prediction, Recipe, Sampling
 from recipes.stages.run import Run, write_json, writing
-from recipes.stages.train import Model, examples
+from recipes.stages.train import examples
 
 # Questions whose answers are shown beside the references and the base model's.
 _SIDE_BY_SIDE = 10

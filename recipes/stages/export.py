@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fallback.choose import Choice
-from recipes.stages import prepare, train
+from recipes.stages import loading, prepare, train
 from recipes.stages.base_model import Chosen, ensure_files, published_config
 from recipes.stages.classifier import Known
 from recipes.stages.console import say
@@ -65,7 +65,7 @@ class Source:
 
 
 def open_source(recipe: Recipe, path: Path | None) -> Source:
-    run, chosen, trained, max_length = train.open_run(recipe, path, "peft")
+    run, chosen, trained, max_length = loading.open_run(recipe, path, "peft")
     if run.unfinished:
         raise UserError(f"{run.path}: its training has not come to its end; {train.going_on(recipe, run)}")
     return Source(recipe, run, chosen, trained, read_json(run.config)["settings"]["quantization"], max_length)
@@ -137,7 +137,7 @@ def _write(
     recipe, run = source.recipe, source.run
     choice = replace(source.trained, quantization="none", dtype=dtype, device=_device(source))
     say(f"merging into {dtype} weights ({why}), on the {'GPU' if choice.device == 'cuda' else 'CPU'} …")
-    model = train.load_trained(recipe, run, source.chosen, choice, source.max_length)
+    model = loading.load_trained(recipe, run, source.chosen, choice, source.max_length)
     prompts = [model.renderer.prompt(messages, source.max_length) for messages in sample_prompts(source)]
     adapter = observe(model, prompts)
     with model.network.disable_adapter():
@@ -467,7 +467,7 @@ def _on_quantised(source: Source, prompts: list[list[int]], adapter: Seen, untra
         return None
     if source.trained.quantization == "none":
         return {"not_measured": source.trained.reasons["quantization"]}
-    model = train.load_trained(source.recipe, source.run, source.chosen, source.trained, source.max_length)
+    model = loading.load_trained(source.recipe, source.run, source.chosen, source.trained, source.max_length)
     found = agreement(adapter, untrained, observe(model, prompts), observe(model, prompts, adapter.answers), "float32")
     del model
     free_memory()

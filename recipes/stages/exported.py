@@ -35,7 +35,7 @@ class Exported:
         return self.about["max_length"]
 
     def load(self, recipe: Recipe, wanted: Backend = "auto") -> Any:
-        """As a train.Model. The weights lie here at 16 bits or more, and are not quantised again."""
+        """As a loading.Model. The weights lie here at 16 bits or more, and are not quantised again."""
         if self.about.get("recipe") != recipe.name:
             raise UserError(f"{self.path} was exported by {self.about.get('recipe')!r} and not by {recipe.name}")
         config = published_config(Chosen(str(self.path), "full", "pretrained", str(self.path)))
@@ -48,8 +48,8 @@ def load_whole(recipe: Recipe, folder: Path, choice: Choice, max_length: int) ->
     """A model without an adapter, and how to talk to it."""
     backend = choice.module()
     backend.import_libraries(choice)
+    from recipes.stages.loading import Model
     from recipes.stages.render import Renderer
-    from recipes.stages.train import Model
 
     tokenizer = load_tokenizer(recipe, str(folder))
     try:

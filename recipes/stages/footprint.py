@@ -158,7 +158,7 @@ def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> 
         from peft import LoraConfig, get_peft_model
         from transformers import AutoConfig, AutoModelForCausalLM
 
-    from recipes.stages.train import lora_targets
+    from recipes.stages.loading import lora_targets
 
     dtype = getattr(torch, on.dtype)
     with torch.device("meta"):

@@ -10,10 +10,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Sampling
 from recipes.stages.scoring import affordable_tokens
-from recipes.stages.train import Model
 
 # A character may be spread over several tokens; until the last has come it decodes to this.
 _INCOMPLETE = "\ufffd"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fallback.portable_loss import PortableLogProb
+from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team, sharded
 from recipes.stages.recipe import Example
 from recipes.stages.render import IGNORED
-from recipes.stages.train import Model
 
 
 def answer_loss(

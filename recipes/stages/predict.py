@@ -13,11 +13,11 @@ from recipes.stages import processes
 from recipes.stages.cells import CELLS, answer_cells, table_line
 from recipes.stages.classifier import Classifier, Scoring
 from recipes.stages.console import progress, say, typed
+from recipes.stages.loading import Model
 from recipes.stages.memory import asker
 from recipes.stages.read import Layout, csv_records, layout_of
 from recipes.stages.recipe import Reading, Recipe, Sampling, UserError
 from recipes.stages.run import Run, read_json, write_json
-from recipes.stages.train import Model
 
 Answerer = Callable[[Sequence[str]], list[list[str]]]
 """Texts -> for each the cells of its answer."""

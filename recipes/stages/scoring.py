@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
+from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, UserError
 from recipes.stages.render import Renderer
-from recipes.stages.train import Model
 
 TOLERANCE = 1e-4
 """Share of the probability that may be left unexplored."""

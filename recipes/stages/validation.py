@@ -15,7 +15,7 @@ from recipes.stages.classifier import Known
 from recipes.stages.recipe import Example, Sampling, Settings
 
 if TYPE_CHECKING:
-    from recipes.stages.train import Model
+    from recipes.stages.loading import Model
 
 # A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
 _VALIDATION_COST = 0.6
