@@ -1,6 +1,6 @@
 """How many answers a second a chat recipe gives: generate() in a loop, as most scripts do it, and what evaluate and
-predict do, taking turns in one process over the same questions. Both take the likeliest token, so that the answers have
-to be the same.
+predict do, taking turns in one process; the loop answers every fourth question only. Both take the likeliest token, so
+that the answers have to be the same.
 """
 
 import importlib
@@ -42,8 +42,8 @@ class Answers:
     """Steps to train it for: an untrained model does not end its answers."""
     backend: Backend = "peft"
     """Backend of training and answering."""
-    questions: int = 64
-    """Questions that are answered together; of them a quarter are answered one at a time, too."""
+    questions: int = 60
+    """Questions that are answered together, as far as the sample has them; a quarter of them one at a time, too."""
     repeats: int = 6
     """Rounds; every round measures both ways once."""
     out: Path | None = None
@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
     if args.recipe not in NAMES:
         raise UserError(f"--recipe {args.recipe}: not known; there are {', '.join(NAMES)}")
     recipe = importlib.import_module(f"recipes.{args.recipe}").RECIPE
+    if args.questions < 1 or args.repeats < 1:
+        raise UserError("--questions and --repeats: one at least of each")
     if recipe.closed:
         raise UserError(f"--recipe {args.recipe}: it generates nothing; see python -m bench classify")
     with tempfile.TemporaryDirectory(prefix="bench-answers-") as folder:
@@ -78,7 +80,8 @@ def main(arguments: list[str]) -> None:
     }
     if deliver(summary, args.out, args.json):
         return
-    say(f"{chosen.description}; {args.questions} questions, {found['tokens']:.0f} tokens in an answer, greedy")
+    asked = f"{found['questions']} questions, {found['questions_in_loop']} of them in the loop"
+    say(f"{chosen.description}; {asked}, {found['tokens']:.0f} tokens in an answer, greedy")
     for way, what in (("loop", "generate() in a loop"), ("ours", f"at most {recipe.sampling.batch_size} at a time")):
         say(f"  {what:<24} {summary['answers_per_second'][way]:8.2f} answers/s")
     say(
@@ -136,6 +139,7 @@ def measure(args: Answers, recipe: Recipe, model: loading.Model, run: Any, max_l
                 seconds[way].append((time.perf_counter() - began) / count)
     return {
         "questions": len(prompts),
+        "questions_in_loop": len(looped),
         "tokens": mean(answer.tokens for answer in answered),
         "stopped": mean(answer.stopped for answer in answered),
         "same": mean(a == b for a, b in zip(looped, [answer.text for answer in answered[some]], strict=True)),

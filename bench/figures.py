@@ -97,7 +97,10 @@ def answers() -> str:
     found = read_json(RESULTS / "answers.json")
     named = {"loop": "generate() in a loop", "ours": "evaluate and predict"}
     lines = [[what, f"{found['answers_per_second'][way]:.2f}"] for way, what in named.items()]
-    told = f"{report.said(found['ratio_to_loop'])}; {found['same']:.0%} of the answers are the same."
+    told = (
+        f"{found['questions']} questions, {found['questions_in_loop']} of them in the loop: "
+        f"{report.said(found['ratio_to_loop'])}; {found['same']:.0%} of the answers are the same."
+    )
     return report.markdown(["way", "answers/s"], lines) + "\n\n" + told
 
 

@@ -1,8 +1,10 @@
 """What may be imported when, and by whom."""
 
 import ast
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
@@ -57,3 +59,15 @@ import sklearn, scipy, torchao
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_a_broken_bitsandbytes_is_the_matter_of_those_who_need_it(error: str, tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text(f"raise {error}('broken')")
+    code = "import torch; kept = torch.compile; from fallback import leave_out; leave_out.the_compiler()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; assert torch.compile is kept"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -144,6 +144,35 @@ def test_lines_are_found_by_quotes_and_only_where_quotes_tell(tmp_path: Path, mo
     assert labelled._lines_by_quotes(source, layout, 2, labelled.np.arange(2)) is None
 
 
+def test_lines_are_those_of_the_csv_module_where_quotes_mislead(tmp_path: Path) -> None:
+    more = "".join(f"text {i},{'AB'[i % 2]}\n" for i in range(8))
+    marks = 't,c\n5" p,A\n"a\nb\nc\nd",A\n,A\n6" q,B\n' + more
+    ragged = 't,c\nragged\n,a\n5" x,a\n7" y,a\n' + more
+    for name, content, line in (("marks", marks, 7), ("ragged", ragged, 3)):
+        source = tmp_path / f"{name}.csv"
+        source.write_text(content, encoding="utf-8")
+        metadata, _ = prepared(source, tmp_path / name)
+        assert metadata["dropped"]["empty text"]["first_lines"] == [line], name
+
+
+def test_blocks_of_blank_lines_repeat_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelled, "_BLOCK", 1000)
+    first, then = ("".join(f"0,text {n} {i},{i % 3}\n" for i in range(60)) for n in (1, 2))
+    (tmp_path / "in.csv").write_text("x,t,c\n" + first + "\n" * 5000 + then, encoding="utf-8")
+    metadata, rows = prepared(tmp_path / "in.csv", tmp_path / "data")
+    assert metadata["rows"] == len(rows) == 120
+    assert metadata["identical_texts"]["texts"] == 0
+
+
+def test_a_class_whose_texts_are_all_another_s_too_is_trained(tmp_path: Path) -> None:
+    rows = [(f"a {i}", "A") for i in range(40)] + [("a 5", "B")] * 12 + [(f"c {i}", "C") for i in range(40)]
+    write(tmp_path / "in.csv", rows)
+    for seed in range(30):
+        metadata, kept = prepared(tmp_path / "in.csv", tmp_path / f"data{seed}", seed=seed)
+        assert all(metadata["splits"]["train"]["label"].values()), seed
+        assert len({split for split, text, _ in kept if text == "a 5"}) == 1
+
+
 def test_identical_texts_have_one_fingerprint_and_others_another() -> None:
     words = ["", "\0", "\0" * 8, "a", "a\0", "abcdefgh", "abcdefgh\0", "abcdefghabcdefgh", "Оплата", "Оплатa"]
     pairs = [a + b for a in ("12345678", "87654321", "x") for b in ("12345678", "87654321", "x")]

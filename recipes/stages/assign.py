@@ -71,6 +71,12 @@ def assign(labels: np.ndarray, same: Same | None, split: Split, seed: int) -> np
     _draw(labels[drawn], sizes, split, generator, found)
     belongs[drawn] = found
     belongs[same.rows] = np.repeat(belongs[same.rows[same.starts]], same.counts)
+    # A class of which every text is drawn under another's label may be in no training row.
+    untrained = (counts(labels) > 0) & (counts(labels[belongs == 0], int(labels.max()) + 1) == 0)
+    for label in np.flatnonzero(untrained):
+        place = np.flatnonzero(labels[same.rows] == label)[0]
+        group = int(np.searchsorted(same.starts, place, side="right")) - 1
+        belongs[same.rows[same.starts[group] :][: same.counts[group]]] = 0
     return belongs
 
 
@@ -97,8 +103,8 @@ def _draw(
         belongs[members[first:last]] = 2
 
 
-def counts(labels: np.ndarray) -> np.ndarray:
-    """Rows by label."""
-    most = int(labels.max(initial=-1)) + 1
+def counts(labels: np.ndarray, most: int = 0) -> np.ndarray:
+    """Rows by label; of `most` labels at least."""
+    most = max(most, int(labels.max(initial=-1)) + 1)
     parts = (np.bincount(labels[at : at + _PART], minlength=most) for at in range(0, len(labels), _PART))
     return sum(parts, np.zeros(most, np.int64))

@@ -67,7 +67,7 @@ from recipes.stages.flags import (
     Train,
 )
 from recipes.stages.memory import Memory, Recall
-from recipes.stages.recipe import Interrupted, Recipe, Settings, UserError
+from recipes.stages.recipe import Interrupted, Recipe, Sampling, Settings, UserError
 from recipes.stages.run import explained
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -328,7 +328,8 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
             return
         names, answer = predict.answerer(recipe, run, model, args.answering, max_length, args.recall)
         if args.file is None:
-            predict.to_terminal(recipe, answer, questions, recipe.sampling.batch_size)
+            sampling = args.answering if isinstance(args.answering, Sampling) else recipe.sampling
+            predict.to_terminal(recipe, answer, questions, sampling.batch_size)
         else:
             order = predict.made_with(run, args.answering)
             rows = predict.to_file(args.file, args.out, args.text_column, names, answer, order)

@@ -9,8 +9,9 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def fingerprints(data: np.ndarray, ends: np.ndarray, secret: int) -> np.ndarray:
-    """`ends`: where in the data each text ends, after where the first begins. Nobody who does not know the secret can
-    write two texts that get one number; by chance that happens once in a thousand files of ten million rows."""
+    """`ends`: where in the data each text ends, after where the first begins. The secret, another one each time, keeps
+    files from being written in which two texts get one number; by chance that happens once in some 100,000 files of ten
+    million rows."""
     starts, lengths = ends[:-1].astype(np.int64), np.diff(ends).astype(np.int64)
     # One word more than the whole ones: it holds what is left of the text, if only nothing.
     words = lengths // 8 + 1

@@ -36,7 +36,7 @@ from recipes.stages.run import writing
 _BLOCK = 1 << 21
 _SLOW_BLOCK = 50_000
 # Characters; offsets within a block are 32 bits wide, and escaping makes a text up to six times as long.
-_SLOW_CHARACTERS = 1 << 25
+_SLOW_CHARACTERS = 1 << 22
 # What fold changes: white space at an end, two in a row, or one that is no plain space. RE2's \s is ASCII only.
 _WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _UNTIDY = rf"^ | $|  |[{_WHITE.replace(' ', '')}]"
@@ -141,10 +141,13 @@ def _fast_blocks(source: Path, layout: Layout, columns: Columns) -> Iterator[Blo
         first = 0
         last = None
         for batch in reader:
+            # Of a part of the file that is blank lines alone.
+            if not batch.num_rows:
+                continue
             if last is not None:
                 yield Block(last.column(0), last.column(1), first)
                 first += last.num_rows
-            last = batch if batch.num_rows else last
+            last = batch
         if last is None or [last.column(i)[-1].as_py() for i in range(2)] != [_END, _END]:
             raise pa.ArrowInvalid("a quote is never closed")
         last = last.slice(0, last.num_rows - 1)
@@ -204,7 +207,8 @@ def _tidied(secret: int, block: Block) -> Tidied:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Eight at most: reading and writing could not keep up with more, and each has a block in memory."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _workers() -> ThreadPoolExecutor:
@@ -453,7 +457,10 @@ _FORMS = {"jsonl": _as_json, "csv": _as_csv}
 def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -> dict[str, dict[str, Any]]:
     """Counts and first lines by reason."""
     found = {reason: np.concatenate(parts) for reason, parts in cleaned.dropped.items()}
-    lines = _lines(source, layout, cleaned, {int(record) for records in found.values() for record in records[:20]})
+    by_quotes = layout.encoding != "utf-16" and not reading.dropped
+    lines = _lines(
+        source, layout, cleaned, by_quotes, {int(record) for records in found.values() for record in records[:20]}
+    )
     return {
         **{reason: {"rows": len(at), "first_lines": at[:20]} for reason, at in reading.dropped.items()},
         **{
@@ -463,14 +470,14 @@ def _dropped(source: Path, layout: Layout, cleaned: Cleaned, reading: Reading) -
     }
 
 
-def _lines(source: Path, layout: Layout, cleaned: Cleaned, wanted: set[int]) -> dict[int, int]:
+def _lines(source: Path, layout: Layout, cleaned: Cleaned, by_quotes: bool, wanted: set[int]) -> dict[int, int]:
     """Record -> line."""
     if not wanted:
         return {}
     # Those that lost their class are among cleaned.labels, the others are not.
     with_text = [part for reason, parts in cleaned.dropped.items() if reason.startswith("empty") for part in parts]
     records = len(cleaned.labels) + sum(map(len, with_text))
-    found = None if layout.encoding == "utf-16" else _lines_by_quotes(source, layout, records, np.array(sorted(wanted)))
+    found = _lines_by_quotes(source, layout, records, np.array(sorted(wanted))) if by_quotes else None
     if found is None:
         found = {}
         for record, (line, _) in enumerate(csv_rows(source, layout, Reading(source))):
@@ -483,9 +490,11 @@ def _lines(source: Path, layout: Layout, cleaned: Cleaned, wanted: set[int]) -> 
 
 def _lines_by_quotes(source: Path, layout: Layout, records: int, wanted: np.ndarray) -> dict[int, int] | None:
     """A line end after an odd number of quotes is inside a text, any other ends a record, unless it ends an empty
-    line. None where that is not how the file is written: where it does not lead to as many records as were read."""
+    line. None where that is not how the file is written: where a quote opens in the middle of a cell, or where it does
+    not lead to as many records as were read."""
     found: dict[int, int] = {}
     record, line, rest = 0, layout.header_ends + 1, b""
+    before = np.frombuffer(f'{layout.delimiter}"\n'.encode(), np.uint8)
     with source.open("rb") as file:
         lines = [file.readline() for _ in range(layout.header_ends)]
         if _lone_returns(b"".join(lines)):
@@ -498,6 +507,9 @@ def _lines_by_quotes(source: Path, layout: Layout, records: int, wanted: np.ndar
             whole = int(ends[outside[-1]]) + 1 if len(outside) else 0
             rest = data[whole:].tobytes()
             if len(rest) > 64 * _BLOCK or _lone_returns(data[:whole].tobytes()):
+                return None
+            opening = quotes[: np.searchsorted(quotes, whole)][::2]
+            if not np.isin(data[opening[opening > 0] - 1], before).all():
                 return None
             starts = np.r_[0, ends[outside] + 1][:-1]
             empty = (length := ends[outside] - starts) == 0
