@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -92,4 +94,10 @@ def _named(gpu: Gpu | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read this has gone, as in `| head`. Python would complain of it again when it closes its output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)

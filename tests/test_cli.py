@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, recipe
+from conftest import RECIPES, ROOT, recipe
 
 from fallback.cards import card
 from fallback.gpu import Gpu
@@ -28,6 +30,25 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert lines[0].startswith("error: ")
     for part in parts:
         assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    "command", ["recipes.gemma3_12b_opercode runs", "recipes.gemma3_12b_opercode sample", "bench list", "fallback"]
+)
+def test_who_reads_no_further_is_told_nothing(command: str, tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     try:
         do(list(arguments))
         processes.leave()
+        sys.stdout.flush()
     except (UserError, CannotRun) as error:
         if processes.speaks():
             print(f"error: {error}", file=sys.stderr)
@@ -95,6 +97,10 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
         if processes.speaks():
             print("error: another process was lost, so that all stop; give the same command again", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read this has gone, as in `| head`. Python would complain of it again when it closes its output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except OSError as error:
         # A full disk, a folder that is read-only or went away: the system's matter, and not a bug of ours.
         if processes.speaks():
@@ -107,8 +113,6 @@ def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoR
     except KeyboardInterrupt:
         print("\nstopped; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
     sys.exit(0)
 
 
