@@ -6,8 +6,6 @@ that the answers have to be the same.
 import importlib
 import shlex
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -18,6 +16,7 @@ import tyro
 from bench.recipes import NAMES
 from bench.report import deliver, said
 from bench.statistics import paired_ratio
+from bench.turns import seconds_each
 from fallback.choose import Backend
 from recipes.stages import cli, fine_tune, loading, train
 from recipes.stages.base_model import Size
@@ -128,15 +127,7 @@ def measure(args: Answers, recipe: Recipe, model: loading.Model, run: Any, max_l
         answered[:] = generate(model, prompts, sampling, recipe.stop, max_length)
         return len(prompts)
 
-    ways: dict[str, Callable[[], int]] = {"loop": loop, "ours": ours}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for round_number in range(args.repeats + 1):
-        for way, answer in ways.items():
-            began = time.perf_counter()
-            count = answer()
-            # The first round warms up.
-            if round_number:
-                seconds[way].append((time.perf_counter() - began) / count)
+    seconds = seconds_each({"loop": loop, "ours": ours}, args.repeats)
     return {
         "questions": len(prompts),
         "questions_in_loop": len(looped),

@@ -9,7 +9,6 @@ import csv
 import re
 import shlex
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import tyro
 
 from bench.report import deliver
+from bench.turns import seconds_each
 from fallback.choose import Backend, choose
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import payments
@@ -169,16 +169,9 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     ways: dict[str, Callable[[], int]] = {
         "one_at_a_time": one_at_a_time, "batched": batched, "tree": tree, "bound": bound,
     }  # fmt: skip
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for round_number in range(args.repeats + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            count = way()
-            # The first round warms up.
-            if round_number:
-                rates[name].append(count / (time.perf_counter() - began))
+    seconds = seconds_each(ways, args.repeats)
     return {
-        "payments_per_second": rates,
+        "payments_per_second": {name: [1 / each for each in rounds] for name, rounds in seconds.items()},
         "valid": valid,
         "own_tokens": sum(map(len, own)) / len(own),
         "prompt_tokens": _mean([len(model.renderer.prompt(prompt)) for prompt in prompts]),

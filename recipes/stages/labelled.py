@@ -35,7 +35,8 @@ from recipes.stages.run import writing
 
 _BLOCK = 1 << 21
 _SLOW_BLOCK = 50_000
-# Characters; offsets within a block are 32 bits wide, and escaping makes a text up to six times as long.
+# Characters: each thread holds a block and what is made of it. Offsets within one are 32 bits wide besides, and
+# escaping makes a text up to six times as long.
 _SLOW_CHARACTERS = 1 << 22
 # What fold changes: white space at an end, two in a row, or one that is no plain space. RE2's \s is ASCII only.
 _WHITE = r"\t\n\v\f\r \x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
