@@ -2,7 +2,8 @@
 
 TRL and Unsloth are called as their documentation shows, with the same model, tokens, order, LoRA, optimiser, precision
 and checkpointing as the recipe's own training. Two things are not theirs: the data come as tokens, since templates are
-another matter, and without a GPU plain TRL needs our loss head, because its own is a Triton kernel and dies.
+another matter, and without a GPU plain TRL needs our loss head, because its own is a Triton kernel and dies. How
+threads wait and what becomes of freed memory is left as a user of theirs finds it.
 """
 
 import importlib
@@ -41,7 +42,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer,
         attention=settings.attention, dtype=settings.dtype,
     )  # fmt: skip
-    backend = choice.module()
+    backend = choice.library()
     backend.import_libraries(choice)
     ensure_files(recipe, chosen)
     tokenizer = load_tokenizer(recipe, chosen.source)

@@ -28,6 +28,10 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft+liger", "peft")
 """Fastest first; the last runs wherever torch does."""
+SLOWER_WITHOUT_A_GPU: dict[BackendName, str] = {
+    "unsloth": "without a GPU it has no kernels of its own, and plain PEFT takes fewer passes over memory"
+}
+"""Not what `auto` chooses there: python -m bench train."""
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
 
 
@@ -51,11 +55,13 @@ class Choice:
     """Decision -> why."""
 
     def module(self) -> ModuleType:
-        """The backend, to be asked for before torch is imported."""
+        """The backend, to be asked for before torch is imported: what it needs of the process is seen to."""
         if self.device == "cpu":
-            # torch's OpenMP threads wait for each other by spinning; as soon as another process wants a core, that
-            # made a step 20 times slower here. Waiting passively costs nothing on a quiet machine.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            # torch's OpenMP threads wait for each other by spinning, for about a millisecond: with one busy process
+            # beside it on two cores, a step took 13 times as long as with waiting passively. That in turn costs a
+            # quarter of the speed of a quiet machine. Spinning for a thirtieth of the time loses 3 % and 1/3.
+            if "OMP_WAIT_POLICY" not in os.environ:
+                os.environ.setdefault("GOMP_SPINCOUNT", "10000")
             _keep_freed_memory()
             if read_gpu() is not None:
                 # A card that torch has no kernels for would still answer torch.cuda.is_available() with yes.
@@ -64,6 +70,10 @@ class Choice:
             # Inductor writes Triton. transformers compiles generate() by itself where a published generation_config
             # names a static cache, as Gemma's do, and bitsandbytes wraps its operations for want of better ones.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        return self.library()
+
+    def library(self) -> ModuleType:
+        """The backend alone, in a process that is as whoever started it made it."""
         return importlib.import_module(_MODULES[self.backend])
 
     def as_json(self) -> dict[str, Any]:
@@ -149,12 +159,13 @@ def _backend(
         return requested, f"--backend {requested}"
     obstacles: list[str] = []
     for name in BACKENDS:
-        obstacle = failed.get(name) or why_not(name, gpu, model_type, idle)
+        slower = SLOWER_WITHOUT_A_GPU.get(name) if gpu is None or idle else None
+        obstacle = failed.get(name) or slower or why_not(name, gpu, model_type, idle)
         if obstacle is None:
             break
         obstacles.append(f"not {name}: {obstacle}")
     if name == "unsloth":
-        return name, "Unsloth imports and runs here" + ("" if gpu is None or idle else _way(model_type))
+        return name, "Unsloth imports and runs here" + _way(model_type)
     return name, "; ".join(obstacles)
 
 

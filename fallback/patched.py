@@ -5,6 +5,8 @@ from collections import Counter
 from typing import Any
 
 PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
+# Ours, under plain PEFT.
+_OWN = "fallback.passes"
 
 
 def patched(network: Any, trainer: Any = None) -> dict[str, int]:
@@ -38,9 +40,10 @@ def loaded_patchers() -> list[str]:
 
 
 def _foreign(value: Any) -> bool:
-    library = str(getattr(value, "__module__", "")).partition(".")[0]
+    module = str(getattr(value, "__module__", ""))
+    library = module.partition(".")[0]
     # What Unsloth compiles on a GPU stands in modules that it writes itself, unsloth_compiled_module_….
-    return library in PATCHERS or library.startswith(("unsloth_compiled_module", "unsloth_cache_"))
+    return module == _OWN or library in PATCHERS or library.startswith(("unsloth_compiled_module", "unsloth_cache_"))
 
 
 def _name(value: Any) -> str:

@@ -22,14 +22,14 @@ MODELS = ("llama", "gemma3_text", "gpt_neox")
 WHOLE = """
 card         | torch's CUDA   | model           | backend device dtype    attention quantization optimizer       triton
 Quadro M6000 | 12.6           | all             | peft    cuda   float32  sdpa      none         adamw_torch      no
-Quadro M6000 | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+Quadro M6000 | 12.8 13.0      | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 P100         | 12.6           | all             | peft    cuda   float32  sdpa      4bit         paged_adamw_8bit no
-P100         | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+P100         | 12.8 13.0      | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 GTX 1080     | 12.6           | all             | peft    cuda   float32  sdpa      4bit         paged_adamw_8bit no
-GTX 1080     | 12.8 13.0      | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+GTX 1080     | 12.8 13.0      | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 V100         | 12.6 12.8      | llama gpt_neox  | unsloth cuda   float16  sdpa      4bit         paged_adamw_8bit yes
 V100         | 12.6 12.8      | gemma3_text     | unsloth cuda   float32  sdpa      4bit         paged_adamw_8bit yes
-V100         | 13.0           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+V100         | 13.0           | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 T4           | 12.6 12.8 13.0 | llama gpt_neox  | unsloth cuda   float16  sdpa      4bit         paged_adamw_8bit yes
 T4           | 12.6 12.8 13.0 | gemma3_text     | unsloth cuda   float32  sdpa      4bit         paged_adamw_8bit yes
 A100 80GB    | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
@@ -37,11 +37,11 @@ RTX 3060     | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa  
 L4           | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
 H100         | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
 H200         | 12.6 12.8 13.0 | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
-B200         | 12.6           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+B200         | 12.6           | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 B200         | 12.8 13.0      | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
-RTX 5090     | 12.6           | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+RTX 5090     | 12.6           | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 RTX 5090     | 12.8 13.0      | all             | unsloth cuda   bfloat16 sdpa      4bit         paged_adamw_8bit yes
-none         | 12.6 12.8 13.0 | all             | unsloth cpu    float32  sdpa      4bit         adamw_torch      no
+none         | 12.6 12.8 13.0 | all             | peft    cpu    float32  sdpa      4bit         adamw_torch      no
 """
 
 
@@ -197,6 +197,9 @@ def test_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "none",
         False,
     )
+    assert choice.backend == "peft"
+    assert "not unsloth: without a GPU it has no kernels" in choice.reasons["backend"]
+    monkeypatch.setattr("fallback.choose.SLOWER_WITHOUT_A_GPU", {})
     monkeypatch.setenv("UNSLOTH_DISABLE_CPU_FALLBACK", "1")
     stepped_down = choose("llama", gpu=None)
     assert stepped_down.backend == "peft"
@@ -211,6 +214,7 @@ def test_an_unsloth_that_does_not_import_is_a_reason_not_a_crash(
     (tmp_path / "unsloth.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(probe, "CACHE", tmp_path / "probes")
+    monkeypatch.setattr("fallback.choose.SLOWER_WITHOUT_A_GPU", {})
     choice = choose("llama", gpu=None)
     assert choice.backend == "peft"
     assert "torchvision::nms" in choice.reasons["backend"]

@@ -233,7 +233,10 @@ def test_diverging_stops_and_keeps_the_last_good_state(command: Command, tmp_pat
 
 
 STEP_DOWN = """
+import fallback.choose
 import fallback.with_unsloth as backend
+# As with a GPU, Unsloth comes first.
+fallback.choose.SLOWER_WITHOUT_A_GPU.clear()
 real = backend.add_lora
 def add_lora(*args, **kwargs):
     model = real(*args, **kwargs)
@@ -264,10 +267,12 @@ def test_a_backend_that_dies_in_its_first_step_is_stepped_down_from(command: Com
     asked = SimpleNamespace(run=tmp_path / "down", resume=True, backend="auto")
     assert set(backends_that_died(asked)) == {"unsloth"}
     assert backends_that_died(SimpleNamespace(**{**vars(asked), "resume": False})) == {}
-    assert command(*CIVIL, *few, "--run", "down").returncode == 0
+    (tmp_path / "broken" / "sitecustomize.py").write_text(STEP_DOWN.replace("raise", "return; raise"))
+    assert command(*CIVIL, *few, "--run", "down", env=env).returncode == 0
     assert read_json(tmp_path / "down" / "choice.json")["backend"] == "unsloth"
     assert backends_that_died(asked) == {}
     # Who names a backend means it.
+    (tmp_path / "broken" / "sitecustomize.py").write_text(STEP_DOWN)
     done = command(*CIVIL, *few, "--backend", "unsloth", "--run", "named", env=env)
     assert done.returncode not in (0, 2)
     assert "no kernel image" in done.stderr

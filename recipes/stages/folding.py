@@ -21,7 +21,7 @@ from fallback.choose import Choice
 from recipes.stages.render import IGNORED
 
 # Below this share of tokens saved, laying keys and values out in every layer takes longer than it spares.
-LEAST_SAVED = 0.1
+LEAST_SAVED = 0.05
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from fallback import leave_out
 from fallback.choose import BackendName
-from recipes.stages import standins
+from recipes.stages import last_layer, standins
 from recipes.stages.recipe import Settings
 
 # Enough for the ends of a model, and for both kinds of attention where there are two.
@@ -158,6 +158,7 @@ def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> 
         from peft import LoraConfig, get_peft_model
         from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fallback import passes
     from recipes.stages.loading import lora_targets
 
     dtype = getattr(torch, on.dtype)
@@ -186,6 +187,8 @@ def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> 
         # Unsloth has its way through LoRA for these families alone; for the others torch compiles what it can.
         own = on.backend == "unsloth" and network.config.model_type in ("llama", "gemma2")
         standins.install_layer_kernels(network.get_base_model(), own)
+    elif on.backend == "peft" and passes.fitting("cuda" if on.cuda else "cpu"):
+        passes.teach(network)
     return network
 
 
@@ -311,8 +314,9 @@ def moments(shape: Shape, batch: Batch) -> Moments:
         parameter.grad = None if batch.first else torch.zeros_like(parameter)
     live = Live(512 if on.cuda else 1)
     live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)])
-    rotary = on.cuda and on.backend != "peft" and config.model_type != "gpt_neox"
-    with standins.kernels(on.cuda, type(base.base_model).__module__, rotary), live:
+    asked = torch.empty(batch.supervised if on.backend != "unsloth" else 0, dtype=torch.long, device="meta")
+    kernels = standins.kernels(on.cuda, type(base.base_model).__module__, on.backend)
+    with kernels, last_layer.serving(network, asked, batch.rows * batch.length), live:
         with _computing(on):
             mask = _masks(config, on, batch)
             ids = torch.empty((batch.rows, batch.length), dtype=torch.long, device="meta")

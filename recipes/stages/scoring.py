@@ -7,6 +7,7 @@ not been looked at cannot matter any more. Nothing is sampled and nothing is par
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
+from recipes.stages import last_layer
 from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, UserError
@@ -175,14 +177,16 @@ class _Context:
         hook = self.network.get_output_embeddings().register_forward_pre_hook(
             lambda head, inputs: (inputs[0][chosen][None],)
         )
+        places = chosen.flatten().nonzero()[:, 0]
         try:
-            output = self.network(
-                input_ids=torch.from_numpy(tokens).to(device),
-                position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
-                attention_mask=ready if self.kinds else ready["full_attention"],
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+            with last_layer.serving(self.network, places, tokens.size) if last_layer.possible() else nullcontext():
+                output = self.network(
+                    input_ids=torch.from_numpy(tokens).to(device),
+                    position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
+                    attention_mask=ready if self.kinds else ready["full_attention"],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
         finally:
             hook.remove()
         return output.logits[0]

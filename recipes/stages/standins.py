@@ -329,9 +329,11 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def kernels(cuda: bool, model_module: str, rotary: bool) -> Iterator[None]:
-    """Fused attention, a GPU's dropout, with `rotary` a fused rotation; and masks as they are given, None for none."""
+def kernels(cuda: bool, model_module: str, backend: str) -> Iterator[None]:
+    """Fused attention, a GPU's dropout, a backend's rotation; and masks as they are given, None for none."""
     import sys
+
+    from fallback import passes
 
     module = sys.modules[model_module]
     with ExitStack() as stack:
@@ -341,6 +343,21 @@ def kernels(cuda: bool, model_module: str, rotary: bool) -> Iterator[None]:
         )
         if cuda:
             stack.enter_context(mock.patch.object(functional, "dropout", _dropout))
-        if rotary:
-            stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb", _rotary))
+        turn: Any = None
+        if cuda and backend != "peft" and not model_module.endswith("modeling_gpt_neox"):
+            turn = _rotary
+        elif passes.rotates_whole(module):
+            turn = passes.rotated if backend == "peft" and passes.fitting("cuda" if cuda else "cpu") else None
+            # A training in this process may have replaced it for good.
+            turn = turn or passes.original_rotation(module)
+        if turn is not None:
+            stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb", turn))
+        stack.enter_context(mock.patch.object(passes, "frozen_weight", _frozen_weight))
         yield
+
+
+def _frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    if not hasattr(base, "compute_dtype"):
+        return base.weight.to(dtype)
+    like = torch.empty(0, dtype=dtype, device=base.weight.device)
+    return _Nf4Product.unpacked(like, (base.out_features, base.in_features))

@@ -25,6 +25,7 @@ from trl.trainer.utils import add_fused_lm_head
 from recipes.stages import checkpoint, processes
 from recipes.stages.callbacks import Watch
 from recipes.stages.folding import by_example, folded, understood
+from recipes.stages.last_layer import only_asked_for
 from recipes.stages.losses import Objective
 from recipes.stages.processes import Team
 from recipes.stages.render import IGNORED, Rendered
@@ -186,7 +187,8 @@ class RecipeTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()
-            return super().training_step(model, ready, *args, **kwargs)
+            with only_asked_for(self.accelerator.unwrap_model(model), ready["labels"]):
+                return super().training_step(model, ready, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base

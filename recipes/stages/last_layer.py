@@ -1,0 +1,75 @@
+"""In a network's last layer, no work for tokens whose outcome nobody looks at.
+
+What a token becomes in the last layer goes into the loss if the next one carries some, and nowhere else; only its keys
+and values are read by others. So queries, the attention's outcome and the MLP are computed for the tokens that are
+asked for, and what stands in the place of the others is zeros. For who is asked nothing changes.
+
+Import this after a backend has loaded its libraries.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fallback.patched import loaded_patchers
+from recipes.stages.render import IGNORED
+
+_PARTS = ("q_proj", "o_proj", "dense", "mlp")
+"""As they are called in the layers of Llama, Gemma and GPT-NeoX, whose query, key and value are one."""
+
+# Above this share of tokens asked for, picking them out takes as long as it spares.
+_MOST = 0.8
+
+
+@contextmanager
+def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
+    """Within this the network's last layer, in the backward pass too, serves the labels that carry loss."""
+    if not possible():
+        yield
+        return
+    asked = labels.new_zeros(labels.shape, dtype=torch.bool)
+    asked[:, :-1] = labels[:, 1:] != IGNORED
+    places = asked.flatten().nonzero()[:, 0]
+    with serving(network, places, asked.numel()):
+        yield
+
+
+def possible() -> bool:
+    """Unsloth's layers are compiled on a GPU, and would be anew for every number of tokens that are asked for."""
+    return "unsloth" not in loaded_patchers()
+
+
+@contextmanager
+def serving(network: Any, places: torch.Tensor, tokens: int) -> Iterator[None]:
+    """As many places as are asked for, among so many tokens."""
+    if not 0 < len(places) <= _MOST * tokens:
+        yield
+        return
+    before = [(part, part.forward) for part in parts(network)]
+    own = [part for part, _ in before if "forward" in vars(part)]
+    for part, forward in before:
+        part.forward = _only(forward, places)
+    try:
+        yield
+    finally:
+        for part, forward in before:
+            if any(part is one for one in own):
+                part.forward = forward
+            else:
+                del part.forward
+
+
+def parts(network: Any) -> list[Any]:
+    layers = next(m for m in network.modules() if isinstance(m, torch.nn.ModuleList))
+    named = {name.rpartition(".")[2]: part for name, part in layers[-1].named_modules()}
+    return [named[name] for name in _PARTS if name in named]
+
+
+def _only(forward: Callable[[torch.Tensor], torch.Tensor], places: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def forward_some(x: torch.Tensor) -> torch.Tensor:
+        made = forward(x.flatten(0, 1)[places][None])[0]
+        return made.new_zeros(x.shape[:-1].numel(), made.shape[-1]).index_copy(0, places, made).view(*x.shape[:-1], -1)
+
+    return forward_some

@@ -1,0 +1,232 @@
+"""Fewer passes over memory, and a last layer that serves only who is asked: against PEFT and transformers as they are.
+
+Run as a program it compares in a process of its own, and prints what it found.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import found_under
+
+from fallback import passes
+
+FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "gemma2_2b_ohlora"]
+
+
+@cache
+def compared_apart() -> dict[str, Any]:
+    return found_under("peft", __file__)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return compared_apart()[request.param]
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("way", ["plain", "checkpointing"])
+@pytest.mark.parametrize("what", ["passes", "last layer"])
+def test_losses_and_gradients_are_those_of_the_original_code(
+    found: dict[str, Any], quantization: str, way: str, what: str
+) -> None:
+    here = found[f"{quantization} float32 {way}"][what]
+    assert here["matrices"] > 0
+    assert here["loss"] < 2e-6
+    assert here["gradient"] < 2e-5
+
+
+def test_dropout_falls_on_the_same_numbers(found: dict[str, Any]) -> None:
+    assert found["dropout"]["changed"] > 1e-4
+    assert found["dropout"]["gradient"] < 2e-5
+
+
+def test_in_bfloat16_it_is_no_less_exact(found: dict[str, Any]) -> None:
+    """Distances to the float32 gradients of the same weights, of what is computed in either way."""
+    assert 0 < found["bfloat16"]["passes"] < 1.2 * found["bfloat16"]["original"]
+
+
+def test_every_layer_is_taught(found: dict[str, Any]) -> None:
+    told = found["patched"]
+    assert found["lora_layers"] == sum(n for name, n in told.items() if name.endswith("passes.lora_forward"))
+    if "NeoX" not in found["class"]:
+        assert found["norms"] == sum(n for name, n in told.items() if name.endswith("passes.norm_forward"))
+        assert any(name.endswith("passes.rotated") for name in told)
+
+
+def test_the_last_layer_is_left_as_it_was(found: dict[str, Any]) -> None:
+    assert found["parts"] >= 2
+    assert found["parts_after"] == found["parts_before"]
+    # Who is not asked is not computed: zeros come out.
+    assert found["rows_computed"] < found["rows_given"]
+
+
+@pytest.mark.parametrize("library", ["FSDP", "DEEPSPEED"])
+def test_not_where_parameters_are_divided_nor_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    assert passes.fitting("cpu")
+    assert not passes.fitting("cuda")
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    assert not passes.fitting("cpu")
+
+
+def test_a_variant_of_lora_is_left_alone() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.for_model(
+        "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+    )
+    network = get_peft_model(
+        AutoModelForCausalLM.from_config(shape),
+        LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"]),
+    )
+    passes.teach(network)
+    layer = next(m for n, m in network.named_modules() if n.endswith("q_proj"))
+    assert "forward" not in vars(layer)
+
+
+@contextmanager
+def original(network: Any) -> Iterator[None]:
+    """The network as PEFT and transformers made it."""
+    taught = [(m, vars(m).pop("forward")) for m in network.modules() if _is_ours(vars(m).get("forward"))]
+    code = sys.modules[type(network.get_base_model()).__module__]
+    turn = code.apply_rotary_pos_emb
+    code.apply_rotary_pos_emb = passes.original_rotation(code)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        code.apply_rotary_pos_emb = turn  # type: ignore[attr-defined]
+        for module, forward in taught:
+            module.forward = forward
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(forward, "__module__", "") == passes.__name__
+
+
+def compared(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for quantization in ("none", "4bit"):
+        network, batch = ready(name, quantization, "float32")
+        for way in ("plain", "checkpointing"):
+            if way == "checkpointing":
+                network.gradient_checkpointing_enable({"use_reentrant": False})
+                network.enable_input_require_grads()
+            ours, (cut, _) = taken(network, batch), taken(network, batch, cut=True)
+            with original(network):
+                theirs = taken(network, batch)
+            result[f"{quantization} float32 {way}"] = {
+                "passes": apart(ours, theirs), "last layer": apart((cut, _), theirs)
+            }  # fmt: skip
+    result |= told(network, batch)
+    network, batch = ready(name, "none", "float32", dropout=0.2)
+    ours = taken(network, batch)
+    with original(network):
+        theirs = taken(network, batch)
+    network.eval()
+    still = taken(network, batch)
+    result["dropout"] = {"gradient": apart(ours, theirs)["gradient"], "changed": apart(ours, still)["loss"]}
+    exact, batch = ready(name, "none", "bfloat16")
+    ours = taken(exact, batch, narrow=True)
+    with original(exact):
+        theirs = taken(exact, batch, narrow=True)
+        exact.float()
+        best = taken(exact, batch)
+    result["bfloat16"] = {"passes": distance(ours, best), "original": distance(theirs, best)}
+    return result
+
+
+def ready(name: str, quantization: Any, dtype: Any, dropout: float = 0.0) -> tuple[Any, dict[str, torch.Tensor]]:
+    from fallback.choose import choose
+    from recipes.stages import loading
+    from recipes.stages.base_model import model_type, settle
+    from recipes.stages.prepare import sample_examples
+
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    chosen = settle(recipe, "tiny")
+    settings = replace(recipe.settings, lora_dropout=dropout, checkpointing=False, quantization=quantization)
+    choice = choose(model_type(recipe, chosen), "peft", quantization, settings.optimizer, dtype=dtype)
+    model = loading.load_for_training(recipe, chosen, settings, choice)
+    from trl.trainer.utils import add_fused_lm_head
+
+    from recipes.stages.trainer import Batches
+
+    network = model.network
+    add_fused_lm_head(network.get_base_model())
+    network.train()
+    torch.manual_seed(0)
+    for which, weight in network.named_parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+        if "lora_B" in which:
+            torch.nn.init.normal_(weight.data, std=0.05)
+    rendered = [r for r in (model.renderer.example(e, 512) for e in sample_examples(recipe)) if r]
+    rows = sorted(rendered, key=lambda r: len(r.input_ids))
+    items = [{"input_ids": r.input_ids, "labels": r.labels} for r in (rows[0], rows[1], rows[-1])]
+    return network, Batches(model.tokenizer.pad_token_id, network.config.model_type == "gemma3")(items)
+
+
+def taken(
+    network: Any, batch: dict[str, torch.Tensor], cut: bool = False, narrow: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    from recipes.stages.last_layer import only_asked_for
+
+    network.zero_grad()
+    torch.manual_seed(1)
+    with only_asked_for(network, batch["labels"]) if cut else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext():
+            losses = network(**batch, fused_lm_head=True, use_cache=False).log_probs.sum(-1)
+        losses.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in network.named_parameters() if p.requires_grad}
+    return losses.detach(), gradients
+
+
+def apart(some: Any, others: Any) -> dict[str, float]:
+    (losses, gradients), (other_losses, other_gradients) = some, others
+    return {
+        "loss": ((losses - other_losses).abs() / other_losses.abs()).max().item(),
+        "gradient": max(((g - other_gradients[n]).abs().max() / g.abs().max()).item() for n, g in gradients.items()),
+        "matrices": len(gradients),
+    }
+
+
+def distance(some: Any, best: Any) -> float:
+    away = sum((g - best[1][n]).square().sum().item() for n, g in some[1].items())
+    return (away / sum(g.square().sum().item() for g in best[1].values())) ** 0.5
+
+
+def told(network: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    from fallback.patched import patched
+    from recipes.stages import last_layer
+
+    parts = last_layer.parts(network)
+    before = [str(part.forward) for part in parts]
+    seen: list[int] = []
+    inside = next(m for m in parts[-1].modules() if isinstance(m, torch.nn.Linear))
+    hook = inside.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    taken(network, batch, cut=True)
+    hook.remove()
+    return {
+        "class": type(network.get_base_model()).__name__,
+        "patched": patched(network),
+        "lora_layers": sum(isinstance(m, LoraLayer) for m in network.modules()),
+        "norms": sum(type(m).__name__.endswith("RMSNorm") for m in network.modules()),
+        "parts": len(parts),
+        "parts_before": before,
+        "parts_after": [str(part.forward) for part in parts],
+        "rows_computed": max(seen),
+        "rows_given": batch["input_ids"].numel(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compared(name) for name in FAMILIES}))
