@@ -209,9 +209,10 @@ def weights_bytes(recipe: Recipe) -> float:
 
 
 def flags(args: Compare, size: str, backend: BackendName) -> tuple[str, ...]:
-    """The recipe's train command for one arm. Nothing may end a training early; validation comes once, after it."""
+    """The recipe's train command for one arm. Nothing may end a training early; validation comes once, after it.
+    Nothing is dropped at random, or the losses of two backends would differ by what each of them drew."""
     found = ["--size", size, "--backend", backend, "--max-steps", str(args.steps), "--epochs", "100000"]
-    found += ["--early-stopping", "off", "--log-every", "1000000"]
+    found += ["--early-stopping", "off", "--log-every", "1000000", "--lora-dropout", "0", "--neftune-alpha", "0"]
     if size == "full":
         found += ["--weights", args.weights]
     if args.batch_size is not None:

@@ -139,23 +139,43 @@ class TrainingMeter:
 
     def flops(self, tokens: float, supervised_tokens: int) -> float:
         """Of a training step's matrix products: forward, and backward to the activations; the frozen weights get no
-        gradient, the LoRA matrices do. Recomputed activations do not count, nor does attention itself."""
-        return 4.0 * self._frozen * tokens + 6.0 * self._lora * tokens + 4.0 * self._head * supervised_tokens
+        gradient, the LoRA matrices do. Recomputed activations do not count, nor does attention itself, nor what the
+        last layer did not compute."""
+        from recipes.stages import last_layer
+
+        spared = max(0.0, tokens - supervised_tokens) if supervised_tokens <= last_layer.MOST * tokens else 0.0
+        return (
+            4.0 * (self._frozen * tokens - self._served[0] * spared)
+            + 6.0 * (self._lora * tokens - self._served[1] * spared)
+            + 4.0 * self._head * supervised_tokens
+        )
 
     def _count(self, network: Any) -> None:
+        from recipes.stages import last_layer
+
         head = network.get_output_embeddings()
         self._head = head.in_features * head.out_features
         self._lora = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # By shape: quantised weights are packed. LoRA's own layers are counted above.
-        self._frozen = sum(
-            module.in_features * module.out_features
-            for name, module in network.named_modules()
-            if hasattr(module, "in_features")
-            and "lora_" not in name
-            and module is not head
-            and "vision" not in name
-            and not hasattr(module, "base_layer")
+        self._frozen = _frozen_products(network, head)
+        parts = last_layer.parts(network) if last_layer.possible() else []
+        self._served = (
+            sum(_frozen_products(part, head) for part in parts),
+            sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad),
         )
+
+
+def _frozen_products(network: Any, head: Any) -> int:
+    """Numbers of the matrices that no gradient is for, by their layers' shapes."""
+    return sum(
+        module.in_features * module.out_features
+        for name, module in network.named_modules()
+        if hasattr(module, "in_features")
+        and "lora_" not in name
+        and module is not head
+        and "vision" not in name
+        and not hasattr(module, "base_layer")
+    )
 
 
 def tensors_of(trainer: Any) -> dict[str, int]:

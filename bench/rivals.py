@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from fallback import passes
 from fallback.choose import choose
+from fallback.patched import patched
 from recipes.stages import cli, loading, prepare, train
 from recipes.stages.base_model import ensure_files, load_tokenizer, model_type, settle
 from recipes.stages.losses import draws
@@ -70,6 +72,8 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
     if choice.device == "cpu" and compiled != (case.arm == "unsloth-compiled"):
         raise RuntimeError(f"{case.arm}: its layers are {'' if compiled else 'not '}compiled")
+    if ours := [name for name in patched(network) if passes.__name__ in name]:
+        raise RuntimeError(f"{case.arm}: its layers are ours, {ours}")
     everything = case.arm == "trl-everything"
     columns: dict[str, Any] = {"input_ids": [r.input_ids for r in rows]}
     if not everything:

@@ -27,7 +27,7 @@ Backend = Literal["auto", "unsloth", "peft+liger", "peft"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 BACKENDS: tuple[BackendName, ...] = ("unsloth", "peft+liger", "peft")
-"""Fastest first; the last runs wherever torch does."""
+"""Fastest first, where there is a GPU; the last runs wherever torch does."""
 SLOWER_WITHOUT_A_GPU: dict[BackendName, str] = {
     "unsloth": "without a GPU it has no kernels of its own, and plain PEFT takes fewer passes over memory"
 }
@@ -55,7 +55,7 @@ class Choice:
     """Decision -> why."""
 
     def module(self) -> ModuleType:
-        """The backend, to be asked for before torch is imported: what it needs of the process is seen to."""
+        """The backend, to be asked for before torch is imported, in a process that computes as fast as it can."""
         if self.device == "cpu":
             # torch's OpenMP threads wait for each other by spinning, for about a millisecond: with one busy process
             # beside it on two cores, a step took 13 times as long as with waiting passively. That in turn costs a
@@ -63,6 +63,11 @@ class Choice:
             if "OMP_WAIT_POLICY" not in os.environ:
                 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
             _keep_freed_memory()
+        return self.library()
+
+    def library(self) -> ModuleType:
+        """The backend alone: nothing but what it needs to run at all is seen to."""
+        if self.device == "cpu":
             if read_gpu() is not None:
                 # A card that torch has no kernels for would still answer torch.cuda.is_available() with yes.
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -70,10 +75,6 @@ class Choice:
             # Inductor writes Triton. transformers compiles generate() by itself where a published generation_config
             # names a static cache, as Gemma's do, and bitsandbytes wraps its operations for want of better ones.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        return self.library()
-
-    def library(self) -> ModuleType:
-        """The backend alone, in a process that is as whoever started it made it."""
         return importlib.import_module(_MODULES[self.backend])
 
     def as_json(self) -> dict[str, Any]:

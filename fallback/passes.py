@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_ROTATING_WHOLE = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
-"""Whose heads are rotated from their first number to their last."""
+_KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
+"""Whose norms and rotations are known: heads are rotated from their first number to their last. Other families have
+norms that are called alike and are others."""
 _ORIGINAL: dict[str, Callable[..., Any]] = {}
 """Module of model code -> its rotation, where it was replaced."""
 
@@ -49,12 +50,16 @@ def teach(network: Any) -> None:
         if isinstance(module, LoraLayer):
             if _is_plain(module):
                 module.forward = MethodType(lora_forward, module)
-        elif type(module).__name__.endswith("RMSNorm") and _eps(module) is not None:
+        elif type(module).__name__.endswith("RMSNorm") and _is_known(type(module).__module__):
             module.forward = MethodType(norm_forward, module)
 
 
 def rotates_whole(code: ModuleType) -> bool:
-    return code.__name__.rpartition(".")[2] in _ROTATING_WHOLE
+    return _is_known(code.__name__)
+
+
+def _is_known(model_code: str) -> bool:
+    return model_code.rpartition(".")[2] in _KNOWN
 
 
 def _is_plain(module: Any) -> bool:
@@ -65,7 +70,8 @@ def _is_plain(module: Any) -> bool:
 
 
 def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if self.disable_adapters or self.merged or args or kwargs:
+    usual = len(self.lora_A) == 1 and self.active_adapters == list(self.lora_A)
+    if not usual or self.disable_adapters or self.merged or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.lora_A
     down, up = self.lora_A[name].weight, self.lora_B[name].weight
@@ -150,23 +156,20 @@ def _computed_in(x: torch.Tensor, down: torch.Tensor) -> torch.dtype:
     return down.dtype
 
 
-def _eps(module: Any) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
 def norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    eps = _eps(self)
     if type(self).__name__.startswith("Gemma"):
         # Gemma's weights are what is added to one, and multiply before the outcome is rounded.
-        return _Norm.apply(x, 1.0 + self.weight.float(), eps)
-    return self.weight * _Norm.apply(x, None, eps) if x.dtype != torch.float32 else _Norm.apply(x, self.weight, eps)
+        return _Norm.apply(x, 1.0 + self.weight.float(), self.eps)
+    if x.dtype == torch.float32:
+        return _Norm.apply(x, self.weight, self.variance_epsilon)
+    return self.weight * _Norm.apply(x, None, self.variance_epsilon)
 
 
 class _Norm(torch.autograd.Function):
     """x by its root mean square, times frozen weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         wide = x.float()
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()

@@ -83,21 +83,13 @@ def keep_layout(model: Any) -> None:
 def add_lora(model: Any, lora: dict[str, Any], checkpointing: bool, max_length: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return _with_fewer_passes(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **lora)))
-
-
-def _with_fewer_passes(network: Any) -> Any:
-    from fallback import passes
-
-    if passes.fitting(network.device.type):
-        passes.install(network)
-    return network
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **lora))
 
 
 def load_adapter(model: Any, folder: str) -> Any:
     from peft import PeftModel
 
-    return _with_fewer_passes(PeftModel.from_pretrained(model, folder))
+    return PeftModel.from_pretrained(model, folder)
 
 
 def for_inference(model: Any) -> Any:

@@ -15,8 +15,8 @@ from fallback.choose import BackendName, why_not
 from fallback.torch_build import usable_gpu
 from recipes.stages.recipe import Recipe
 
-# As Choice.module does for commands, which is too late where a test has loaded torch: threads that spin while they wait
-# make a training in this process many times slower beside other tests.
+# Threads that spin while they wait make a training many times slower beside other tests. What Choice.module sees to for
+# commands is too late in this process, where a test has loaded torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parents[1]

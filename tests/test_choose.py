@@ -1,10 +1,13 @@
 """The ladder: what is chosen where, and why. What a card can do is described in tests/test_components.py."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from fallback import choose as choosing
 from fallback import components, probe
@@ -219,6 +222,29 @@ def test_an_unsloth_that_does_not_import_is_a_reason_not_a_crash(
     assert choice.backend == "peft"
     assert "torchvision::nms" in choice.reasons["backend"]
     assert not (tmp_path / "probes").exists()
+
+
+def test_threads_spin_briefly_unless_told_otherwise() -> None:
+    asked = (
+        "import os; from fallback.choose import choose; choose('llama', gpu=None).module(); "
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+
+    def found(**env: str) -> str:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        done = subprocess.run(
+            [sys.executable, "-c", asked],
+            cwd=ROOT,
+            env={**inherited, **env},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()[-1]
+
+    assert found() == "10000"
+    assert found(GOMP_SPINCOUNT="7") == "7"
+    assert found(OMP_WAIT_POLICY="PASSIVE") == "None"
 
 
 def test_unsloth_is_not_imported_to_find_out() -> None:

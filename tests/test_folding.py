@@ -142,6 +142,8 @@ def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any
         steps = (tmp_path / flag[2:] / "steps.jsonl").read_text(encoding="utf-8").splitlines()
         losses[flag] = [json.loads(step)["loss"] for step in steps]
         measured = json.loads((tmp_path / flag[2:] / "metrics.json").read_text(encoding="utf-8"))["train"]
+        assert 0 < measured["data_seconds"] < measured["train_seconds"]
+        assert "waiting for batches" in done.stdout
         assert (measured["computed_tokens"] < 0.7 * measured["padded_tokens"]) == (flag == "--fold")
     assert losses["--fold"] == pytest.approx(losses["--no-fold"], rel=1e-4)
 

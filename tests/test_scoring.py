@@ -35,6 +35,8 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_exact(found: dict[str, Any]) -> None:
     assert found["longest"] > 64, "shorter than the sliding window: nothing would be shown"
+    assert len(found["pieces"]) > 1, "all texts in one piece: nothing would be shown"
+    assert max(found["pieces"]) > 1, "no piece has any padding: nothing would be shown"
     assert found["exhaustive"]["difference"] < 1e-4
     assert found["exhaustive"]["best"] == found["texts"]
     assert found["exhaustive"]["missing"] == 0
@@ -86,6 +88,25 @@ def test_an_end_is_read_only_where_it_tells_codes_apart() -> None:
 
     assert distinguishing([([1, 2], [9]), ([1, 3], [9])]) == [[1, 2], [1, 3]]
     assert distinguishing([([1], [9]), ([1, 3], [9]), ([2], [9])]) == [[1, 9], [1, 3], [2]]
+
+
+@pytest.mark.parametrize("costs", [0, 5, 40, 10_000])
+def test_texts_of_like_length_are_read_together(monkeypatch: pytest.MonkeyPatch, costs: int) -> None:
+    from itertools import combinations, pairwise
+
+    from recipes.stages import scoring
+
+    monkeypatch.setitem(scoring._PIECE, "cpu", costs)
+    lengths = [70, 68, 60, 41, 40, 40, 22, 9, 8]
+
+    def price(ends: tuple[int, ...]) -> int:
+        return sum((b - a) * lengths[a] + costs for a, b in pairwise((0, *ends, len(lengths))))
+
+    every = [ends for n in range(len(lengths)) for ends in combinations(range(1, len(lengths)), n)]
+    pieces = scoring._alike(lengths, "cpu")
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(lengths)))
+    assert price(tuple(piece.stop for piece in pieces[:-1])) == min(map(price, every))
+    assert len(pieces) == {0: 8, 5: 5, 40: 3, 10_000: 1}[costs]
 
 
 def check(name: str, backend: str) -> dict[str, Any]:
@@ -142,8 +163,12 @@ def check(name: str, backend: str) -> dict[str, Any]:
         return forward(self, tokens, *rest)
 
     scoring._Context.read = counted  # type: ignore[method-assign]
+    # So that so few texts make several pieces, some of more than one length.
+    scoring._PIECE["cpu"] = 3
+    lengths = sorted(map(len, encoded), reverse=True)
+    pieces = [len(set(lengths[piece])) for piece in scoring._alike(lengths, "cpu")]
     try:
-        return compared(model, codes, prompts, reference, encoded, calls)
+        return {**compared(model, codes, prompts, reference, encoded, calls), "pieces": pieces}
     finally:
         scoring._Context.read = forward  # type: ignore[method-assign]
 

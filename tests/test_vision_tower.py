@@ -29,6 +29,18 @@ tokenizer.save_pretrained(sys.argv[1])
 """
 
 
+PARTS = """
+import sys
+from transformers import AutoModelForCausalLM
+from recipes.stages import last_layer
+network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+names = {module: name for name, module in network.named_modules()}
+for part in last_layer.parts(network):
+    assert ".1." in names[part] and "language_model" in names[part], names[part]
+    print(names[part].rpartition(".")[2])
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tower") / "model"
@@ -58,6 +70,11 @@ def test_text_trains_and_the_tower_does_not(backend: str, checkpoint: Path, tmp_
     assert not any("vision" in name for name in names)
     if backend != "peft":
         return
+    asked = subprocess.run(
+        [sys.executable, "-c", PARTS, str(checkpoint)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    # The last layer that is spared work is the text's.
+    assert asked.stdout.split() == ["q_proj", "o_proj", "mlp"], asked.stderr
     merged = subprocess.run(
         [
             sys.executable, "-m", "recipes.gemma3_12b_opercode", "export", "merged", "--run", str(tmp_path / "run"),

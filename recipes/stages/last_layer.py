@@ -2,7 +2,8 @@
 
 What a token becomes in the last layer goes into the loss if the next one carries some, and nowhere else; only its keys
 and values are read by others. So queries, the attention's outcome and the MLP are computed for the tokens that are
-asked for, and what stands in the place of the others is zeros. For who is asked nothing changes.
+asked for, and what stands in the place of the others is zeros. For who is asked nothing changes, but where LoRA's
+dropout falls.
 
 Import this after a backend has loaded its libraries.
 """
@@ -18,9 +19,10 @@ from recipes.stages.render import IGNORED
 
 _PARTS = ("q_proj", "o_proj", "dense", "mlp")
 """As they are called in the layers of Llama, Gemma and GPT-NeoX, whose query, key and value are one."""
+_KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3", "modeling_gpt_neox")
 
 # Above this share of tokens asked for, picking them out takes as long as it spares.
-_MOST = 0.8
+MOST = 0.8
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def possible() -> bool:
 @contextmanager
 def serving(network: Any, places: torch.Tensor, tokens: int) -> Iterator[None]:
     """As many places as are asked for, among so many tokens."""
-    if not 0 < len(places) <= _MOST * tokens:
+    if not 0 < len(places) <= MOST * tokens:
         yield
         return
     before = [(part, part.forward) for part in parts(network)]
@@ -62,7 +64,11 @@ def serving(network: Any, places: torch.Tensor, tokens: int) -> Iterator[None]:
 
 
 def parts(network: Any) -> list[Any]:
-    layers = next(m for m in network.modules() if isinstance(m, torch.nn.ModuleList))
+    """Of the last layer of a family that is known; what a vision tower sees is not text."""
+    lists = (m for name, m in network.named_modules() if isinstance(m, torch.nn.ModuleList) and "vision" not in name)
+    layers = next(lists, ())
+    if not layers or type(layers[-1]).__module__.rpartition(".")[2] not in _KNOWN:
+        return []
     named = {name.rpartition(".")[2]: part for name, part in layers[-1].named_modules()}
     return [named[name] for name in _PARTS if name in named]
 

@@ -47,6 +47,7 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
         settings.seed,
     )
     start_lora(network, settings)
+    _teach(network, choice)
     return Model(network, tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
 
 
@@ -60,6 +61,14 @@ def _base(backend: Any, chosen: Chosen, choice: Choice, max_length: int) -> Any:
     # PEFT writes this name into the adapter's files, and it would be a path of this machine.
     network.name_or_path = network.config._name_or_path = chosen.stored()["source"]
     return network
+
+
+def _teach(network: Any, choice: Choice) -> None:
+    """On CPUs plain PEFT's layers are taught fewer passes over memory."""
+    from fallback import passes
+
+    if choice.backend == "peft" and passes.fitting(choice.device):
+        passes.install(network)
 
 
 def lora_targets(network: Any, settings: Settings) -> list[str] | str:
@@ -108,6 +117,7 @@ def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_l
     with adapter.reading(run, "adapter_model.safetensors"):
         network = backend.load_adapter(base, str(run.adapter))
         adapter.check_loaded(run, network)
+    _teach(network, choice)
     return Model(backend.for_inference(network), tokenizer, renderer, choice)
 
 

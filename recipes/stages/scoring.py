@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, DynamicLayer
 
 from recipes.stages import last_layer
@@ -31,6 +32,8 @@ CACHE_BYTES = 2**30
 _AT_ONCE = 4
 # Columns of such a pass beyond what its best guesses need.
 _WIDER = 2
+# What one more pass over some rows costs beside their tokens, as so many tokens. A GPU waits for its many kernels.
+_PIECE = {"cpu": 128, "cuda": 4096}
 # Rows of logits turned into float32 at one time.
 _LOGITS_AT_ONCE = 64
 
@@ -147,6 +150,23 @@ class _Context:
                 mine.update(*(x[:, :, : given.used].expand(rows, -1, -1, -1) for x in (given.keys, given.values)))
         self.positions = np.repeat(other.positions, rows, axis=0)
 
+    def put_together(self, parts: Sequence["_Context"]) -> None:
+        """Take over other contexts' rows, one after the other; their columns end together."""
+        width = max(part.positions.shape[1] for part in parts)
+        self.positions = np.concatenate(
+            [np.pad(p.positions, ((0, 0), (width - p.positions.shape[1], 0)), constant_values=-1) for p in parts]
+        )
+        for number, layer in enumerate(self.cache.layers):
+            given = [(part.cache.layers[number], width - part.positions.shape[1]) for part in parts]
+            # Nobody looks at padding, but it has to be a number.
+            layer.update(
+                torch.cat([pad(each.keys[:, :, : each.used], (0, 0, short, 0)) for each, short in given]),
+                torch.cat([pad(each.values[:, :, : each.used], (0, 0, short, 0)) for each, short in given]),
+            )
+            for each, _ in given:
+                # Held once, not twice, while the other layers follow.
+                each.keys = each.values = None
+
     def keep(self, rows: Sequence[int]) -> None:
         chosen = torch.tensor(rows, device=self.network.device)
         for layer in self.cache.layers:
@@ -244,12 +264,11 @@ def score(
         start = _shared_start(encoded)
         prefix = _Context(model.network, 1, start)
         if start:
-            _read_texts(prefix, [encoded[0][:start]])
+            _read_padded(prefix, [encoded[0][:start]])
         found: list[tuple[int, tuple[np.ndarray, int]]] = []
         for _, batch in team.mine(list(batches(different, start, codes, batch_tokens))):
             context = _Context(model.network, len(batch), len(batch[0][0]) + walk.room)
-            context.begin_with(prefix)
-            logits = _read_texts(context, [text[start:] for text, _ in batch])
+            logits = _read_texts(context, prefix, [text[start:] for text, _ in batch])
             states = walk.through(context, logits, [code for _, code in batch])
             for key, state in zip(batch, states, strict=True):
                 found.append((same[key][0], (state.closed, state.expansions)))
@@ -286,7 +305,38 @@ def batches(different: list[Any], start: int, codes: Codes, batch_tokens: int) -
         at += rows
 
 
-def _read_texts(context: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+def _read_texts(context: _Context, prefix: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Run the texts, longest first, behind what all begin with; logits after the last token of each. Those of like
+    length run together, so that little is padding, and then stand in one context."""
+    pieces = _alike([len(text) for text in texts], context.network.device.type)
+    if len(pieces) == 1:
+        context.begin_with(prefix)
+        return _read_padded(context, texts)
+    logits, parts = [], []
+    for piece in pieces:
+        capacity = prefix.positions.shape[1] + len(texts[piece.start])
+        parts.append(_Context(context.network, piece.stop - piece.start, capacity))
+        parts[-1].begin_with(prefix)
+        logits.append(_read_padded(parts[-1], texts[piece]))
+    context.put_together(parts)
+    return torch.cat(logits)
+
+
+def _alike(lengths: Sequence[int], device: str) -> list[slice]:
+    """Falling lengths in pieces that cost least: each row of a piece is as long as its first, and each piece costs as
+    much as some tokens more."""
+    least = [(0, 0)]
+    for stop in range(1, len(lengths) + 1):
+        costs = ((least[at][0] + (stop - at) * lengths[at] + _PIECE[device], at) for at in range(stop))
+        least.append(min(costs))
+    pieces, stop = [], len(lengths)
+    while stop:
+        pieces.append(slice(least[stop][1], stop))
+        stop = least[stop][1]
+    return pieces[::-1]
+
+
+def _read_padded(context: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Run the texts, padded on the left; logits after the last token of each."""
     width, before = max(map(len, texts)), context.positions.shape[1]
     tokens = np.zeros((len(texts), width), dtype=np.int64)

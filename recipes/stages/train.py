@@ -310,6 +310,7 @@ def train(
     }
     measured.update(
         validation_seconds=round(validation.seconds, 2),
+        data_seconds=round(trainer.data_seconds, 4),
         stopped_early_at=stop.stopped_at if stop else None,
         kept_step=checks.best_step if keep_best else len(losses),
     )
@@ -322,7 +323,10 @@ def train(
         say(f"stopped early at step {stop.stopped_at} of {steps}: {settings.early_stopping}")
     if batches.computed_tokens < batches.padded_tokens:
         say(f"{1 - batches.computed_tokens / batches.padded_tokens:.0%} of the tokens of padded batches were spared")
-    say(f"validating took {validation.seconds / measured['train_seconds']:.1%} of the time")
+    say(
+        f"validating took {validation.seconds / measured['train_seconds']:.1%} of the time, "
+        f"waiting for batches {trainer.data_seconds / max(trained - loaded, 1e-9):.1%}"
+    )
     return measured
 
 

@@ -136,6 +136,8 @@ class RecipeTrainer(SFTTrainer):
     resumed: Any = None
     seconds_before: float = 0.0
     began: float = 0.0
+    data_seconds: float = 0.0
+    """Time in which the training waited for its batches to be put together."""
     negative_log_likelihood: torch.Tensor | float = 0.0
 
     def __init__(
@@ -193,7 +195,9 @@ class RecipeTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base
         class, and the count of tokens inside it, so the weighted count is put in place out here."""
+        began = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.data_seconds += time.perf_counter() - began
         if batches:
             self.parts.append(len(batches))
         if self.objective is not None and batches:
