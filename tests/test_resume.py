@@ -420,7 +420,7 @@ real = train.closing_logs
 def limited(trainer):
     pages = int(open("/proc/self/statm").read().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1500 * 2**20, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1000 * 2**20, hard))
     with real(trainer):
         yield
 train.closing_logs = limited
