@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def found_under(backend: str, file: str) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def ready_to_compare(name: str, backend: Any, quantization: Any, dtype: Any = "auto", dropout: float = 0.0) -> Any:
+    """A tiny model of a recipe in training, with the loss head that ours puts in, whose LoRA is not at its start: for
+    comparing losses and gradients in this process, which must be the backend's own."""
+    from fallback.choose import choose
+    from recipes.stages import loading
+    from recipes.stages.base_model import model_type, settle
+
+    here = recipe(name)
+    chosen = settle(here, "tiny")
+    settings = replace(here.settings, lora_dropout=dropout, checkpointing=False, quantization=quantization)
+    choice = choose(model_type(here, chosen), backend, quantization, settings.optimizer, dtype=dtype)
+    model = loading.load_for_training(here, chosen, settings, choice)
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model.network.get_base_model())
+    model.network.train()
+    torch.manual_seed(0)
+    for which, weight in model.network.named_parameters():
+        if weight.requires_grad:
+            # As RecipeTrainer keeps them.
+            weight.data = weight.data.float()
+        if "lora_B" in which:
+            torch.nn.init.normal_(weight.data, std=0.05)
+    return model
 
 
 @pytest.fixture(scope="session")

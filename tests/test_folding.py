@@ -3,7 +3,6 @@
 Run as a program it compares under one backend, in a process of its own, and prints what it found.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import found_under, need
+from conftest import found_under, need, ready_to_compare, recipe
 
-from fallback.choose import BACKENDS, Choice, choose
+from fallback.choose import BACKENDS, Choice
 
 FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "gemma2_2b_ohlora"]
 
@@ -149,28 +148,14 @@ def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any
 
 
 def compared(name: str, backend: Any) -> dict[str, Any]:
-    from recipes.stages import loading
-    from recipes.stages.base_model import model_type, settle
     from recipes.stages.prepare import sample_examples
 
-    recipe = importlib.import_module(f"recipes.{name}").RECIPE
-    chosen = settle(recipe, "tiny")
-    settings = replace(recipe.settings, lora_dropout=0.0, checkpointing=False, quantization="none")
-    choice = choose(model_type(recipe, chosen), backend, "none", settings.optimizer)
-    model = loading.load_for_training(recipe, chosen, settings, choice)
-    from trl.trainer.utils import add_fused_lm_head
-
+    model = ready_to_compare(name, backend, "none")
     from recipes.stages.folding import by_example, understood
     from recipes.stages.trainer import Batches
 
     network = model.network
-    add_fused_lm_head(network.get_base_model())
-    network.train()
-    torch.manual_seed(0)
-    for which, weight in network.named_parameters():
-        if "lora_B" in which:
-            torch.nn.init.normal_(weight.data, std=0.05)
-    rendered = [model.renderer.example(example, 512) for example in sample_examples(recipe)]
+    rendered = [model.renderer.example(example, 512) for example in sample_examples(recipe(name))]
     # The longest, some short ones, and one with an answer twice as long: lengths as different as they come.
     chosen_rows = sorted((r for r in rendered if r), key=lambda r: len(r.input_ids))
     rows = [*chosen_rows[:3], *chosen_rows[-2:]]

@@ -3,18 +3,16 @@
 Run as a program it compares in a process of its own, and prints what it found.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from conftest import found_under
+from conftest import found_under, ready_to_compare, recipe
 
 from fallback import passes
 
@@ -92,6 +90,18 @@ def test_a_variant_of_lora_is_left_alone() -> None:
     assert "forward" not in vars(layer)
 
 
+def test_no_last_layer_is_cut_under_unsloth_nor_of_a_family_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.stages import last_layer
+
+    network = torch.nn.Module()
+    network.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})])
+    assert last_layer.parts(network) == []
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    assert last_layer.possible()
+    monkeypatch.setitem(sys.modules, "unsloth", torch)
+    assert not last_layer.possible()
+
+
 @contextmanager
 def original(network: Any) -> Iterator[None]:
     """The network as PEFT and transformers made it."""
@@ -144,30 +154,13 @@ def compared(name: str) -> dict[str, Any]:
 
 
 def ready(name: str, quantization: Any, dtype: Any, dropout: float = 0.0) -> tuple[Any, dict[str, torch.Tensor]]:
-    from fallback.choose import choose
-    from recipes.stages import loading
-    from recipes.stages.base_model import model_type, settle
     from recipes.stages.prepare import sample_examples
 
-    recipe = importlib.import_module(f"recipes.{name}").RECIPE
-    chosen = settle(recipe, "tiny")
-    settings = replace(recipe.settings, lora_dropout=dropout, checkpointing=False, quantization=quantization)
-    choice = choose(model_type(recipe, chosen), "peft", quantization, settings.optimizer, dtype=dtype)
-    model = loading.load_for_training(recipe, chosen, settings, choice)
-    from trl.trainer.utils import add_fused_lm_head
-
+    model = ready_to_compare(name, "peft", quantization, dtype, dropout)
     from recipes.stages.trainer import Batches
 
     network = model.network
-    add_fused_lm_head(network.get_base_model())
-    network.train()
-    torch.manual_seed(0)
-    for which, weight in network.named_parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-        if "lora_B" in which:
-            torch.nn.init.normal_(weight.data, std=0.05)
-    rendered = [r for r in (model.renderer.example(e, 512) for e in sample_examples(recipe)) if r]
+    rendered = [r for r in (model.renderer.example(e, 512) for e in sample_examples(recipe(name))) if r]
     rows = sorted(rendered, key=lambda r: len(r.input_ids))
     items = [{"input_ids": r.input_ids, "labels": r.labels} for r in (rows[0], rows[1], rows[-1])]
     return network, Batches(model.tokenizer.pad_token_id, network.config.model_type == "gemma3")(items)
