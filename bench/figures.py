@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ def soaked() -> str:
     return soak.table(cycles) + f"\n\n{told}"
 
 
-def trained() -> str:
-    found = read_json(RESULTS / "train.json")
+def trained(file: str) -> str:
+    found = read_json(RESULTS / file)
     parts = []
     for name, of in found["recipes"].items():
         best, dtype = of["best_other"], of["dtype"]
@@ -193,7 +194,8 @@ def trained() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
-    "compare": compare, "trust": trust, "soak": soaked, "train": trained,
+    "compare": compare, "trust": trust, "soak": soaked,
+    "train": partial(trained, "train.json"), "train-dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 

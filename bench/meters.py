@@ -158,7 +158,7 @@ class TrainingMeter:
         self._lora = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # By shape: quantised weights are packed. LoRA's own layers are counted above.
         self._frozen = _frozen_products(network, head)
-        parts = last_layer.parts(network) if last_layer.possible() else []
+        parts = last_layer.parts(network)
         self._served = (
             sum(_frozen_products(part, head) for part in parts),
             sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad),

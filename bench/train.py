@@ -39,7 +39,7 @@ RIVALS: dict[str, BackendName] = {
 """Arm -> what loads its model. TRL takes the loss on the answers, or on everything as it does unless told otherwise."""
 # Nothing that is drawn at random, and nothing that only our settings know.
 LIKE_WITH_LIKE = (
-    "--lora-dropout", "0", "--neftune-alpha", "0", "--warmup-ratio", "0", "--weight-decay", "0", "--early-stopping",
+    "--neftune-alpha", "0", "--warmup-ratio", "0", "--weight-decay", "0", "--early-stopping",
     "off", "--log-every", "1000000", "--epochs", "100000",
 )  # fmt: skip
 
@@ -66,6 +66,9 @@ class Train:
     """Rounds; every round runs every arm once."""
     batch_size: int | None = None
     """Instead of the recipe's."""
+    dropout: bool = False
+    """Train with the recipe's own dropout, as a user does. Each arm draws its own, so losses are close, not the
+    same."""
     limit: float = 900.0
     """Seconds after which a training is given up."""
     seed: int = 0
@@ -97,7 +100,7 @@ def main(arguments: list[str]) -> None:
                     print(f"{name} #{repeat + 1} {arm}: {brief(rows[-1])}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    recipes_found = {n: compared([r for r in rows if r["recipe"] == n], rivals) for n in recipes}
+    recipes_found = {n: compared([r for r in rows if r["recipe"] == n], rivals, args.dropout) for n in recipes}
     summary: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench", "train", *arguments]),
         "environment": environment(),
@@ -114,6 +117,8 @@ def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dic
     backend = args.backend if arm == OURS else RIVALS[arm]
     flags = ["--size", args.size, "--weights", "random", "--backend", backend, "--dtype", args.dtype]
     flags += ["--max-steps", str(args.steps), *LIKE_WITH_LIKE]
+    if not args.dropout:
+        flags += ["--lora-dropout", "0"]
     if args.batch_size is not None:
         flags += ["--batch-size", str(args.batch_size)]
     case = Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
@@ -132,8 +137,9 @@ MEDIANS = (
 )  # fmt: skip
 
 
-def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
-    """Of one recipe: each arm's medians, and ours to every other in pairs."""
+def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: bool = False) -> dict[str, Any]:
+    """Of one recipe: each arm's medians, and ours to every other in pairs. With dropout nobody's losses are another's,
+    and whether it is the same training cannot be said."""
     arms: dict[str, Any] = {}
     runs = {
         arm: {row["repeat"]: row for row in rows if row["arm"] == arm and row["status"] == "measured"}
@@ -161,7 +167,7 @@ def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str,
             arms[arm]["ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "tokens_per_second"))
             arms[arm]["memory_of_ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "peak_resident_bytes"))
             arms[arm]["losses_apart"] = losses_apart(arms[OURS]["losses"], arms[arm]["losses"])
-            arms[arm]["same_training"] = arms[arm]["losses_apart"] <= TOLERANCES[dtype]
+            arms[arm]["same_training"] = None if dropout else arms[arm]["losses_apart"] <= TOLERANCES[dtype]
     ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}
     best = max(ratios, key=lambda arm: arms[arm]["tokens_per_second"], default=None)
     return {
@@ -193,7 +199,8 @@ def _cells(of: dict[str, Any]) -> list[str]:
         return [f"{of['status']}: {of['reason']}", *[""] * 6]
     ratio = of.get("ours_to_this")
     interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio and ratio["low"] is not None else ""
-    same = {True: "yes", False: f"no, {of.get('losses_apart', 0):.1%} apart", None: ""}[of.get("same_training")]
+    apart = f"{of['losses_apart']:.1%} apart" if ratio else ""
+    same = {True: "yes", False: f"no, {apart}", None: apart}[of.get("same_training")]
     return [
         f"{of['tokens_per_second']:,.0f}",
         f"{of['supervised_tokens_per_second']:,.0f}",

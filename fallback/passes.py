@@ -9,19 +9,15 @@ library divides the parameters among processes, and has to be asked before one o
 """
 
 import os
-import sys
-from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import MethodType
 from typing import Any
 
+import numpy
 import torch
 from torch.nn import functional
 
 _KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
-"""Whose norms and rotations are known: heads are rotated from their first number to their last. Other families have
-norms that are called alike and are others."""
-_ORIGINAL: dict[str, Callable[..., Any]] = {}
-"""Module of model code -> its rotation, where it was replaced."""
+"""Whose norms are known. Other families have some that are called alike and are others."""
 
 
 def fitting(device: str) -> bool:
@@ -29,21 +25,8 @@ def fitting(device: str) -> bool:
     return device == "cpu" and not divided
 
 
-def install(network: Any) -> None:
-    """Teach a network with LoRA; the rotation of its heads stands in its library's module, for all such networks."""
-    teach(network)
-    code = sys.modules[type(network.get_base_model()).__module__]
-    if rotates_whole(code):
-        _ORIGINAL.setdefault(code.__name__, code.apply_rotary_pos_emb)
-        code.apply_rotary_pos_emb = rotated  # type: ignore[attr-defined]
-
-
-def original_rotation(code: ModuleType) -> Callable[..., Any]:
-    return _ORIGINAL.get(code.__name__, code.apply_rotary_pos_emb)
-
-
 def teach(network: Any) -> None:
-    """Its layers alone."""
+    """A network with LoRA, in place."""
     from peft.tuners.lora import LoraLayer
 
     for module in network.modules():
@@ -52,10 +35,6 @@ def teach(network: Any) -> None:
                 module.forward = MethodType(lora_forward, module)
         elif type(module).__name__.endswith("RMSNorm") and _is_known(type(module).__module__):
             module.forward = MethodType(norm_forward, module)
-
-
-def rotates_whole(code: ModuleType) -> bool:
-    return _is_known(code.__name__)
 
 
 def _is_known(model_code: str) -> bool:
@@ -74,66 +53,75 @@ def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     if not usual or self.disable_adapters or self.merged or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.lora_A
-    down, up = self.lora_A[name].weight, self.lora_B[name].weight
-    seen = self.lora_dropout[name](x)
+    down, up, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    share = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+    kept = kept_by_dropout(x, share) if share else None
     if not torch.is_grad_enabled():
-        return _with_lora(x, seen, self.base_layer, down, up, self.scaling[name])[0]
-    return _WithLora.apply(x, None if seen is x else seen, self.base_layer, down, up, self.scaling[name])
+        return _with_lora(x, kept, self.base_layer, down, up, scaling / (1 - share))[0]
+    return _WithLora.apply(x, kept, self.base_layer, down, up, scaling / (1 - share))
+
+
+def kept_by_dropout(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Which of its numbers dropout leaves, by 16 random bits for each. torch's generator, which seeds this one, takes
+    five times as long for a whole float each."""
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    bits = numpy.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(numpy.int16)
+    return torch.from_numpy(bits)[: x.numel()].view(x.shape) >= round(share * 2**16) - 2**15
 
 
 def _with_lora(
-    x: torch.Tensor, seen: torch.Tensor, base: Any, down: torch.Tensor, up: torch.Tensor, scaling: float
+    x: torch.Tensor, kept: torch.Tensor | None, base: Any, down: torch.Tensor, up: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W x + scaling * B A seen, and A seen."""
+    """W x + scaling * B A (what is kept of x), and scaling * A (what is kept of x)."""
     y = base(x)
     dtype = _computed_in(x, down)
-    narrow = functional.linear(_rows(seen).to(dtype), down.to(dtype))
+    narrow = functional.linear(_rows(x if kept is None else x * kept).to(dtype), down.to(dtype)).mul_(scaling)
     rows = y.view(-1, y.shape[-1])
     if rows.dtype == dtype:
-        rows.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
+        rows.addmm_(narrow, up.to(dtype).t())
     else:
-        rows += (narrow * scaling) @ up.to(dtype).t()
+        rows += narrow @ up.to(dtype).t()
     return y, narrow
 
 
 class _WithLora(torch.autograd.Function):
-    """The same with its gradients, where seen is x if None, or what dropout left of it."""
+    """The same with its gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        seen: torch.Tensor | None,
+        kept: torch.Tensor | None,
         base: Any,
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        ctx.dropped = seen is not None
-        seen = x if seen is None else seen
-        y, narrow = _with_lora(x, seen, base, down, up, scaling)
-        ctx.save_for_backward(seen, narrow, down, up)
+        y, narrow = _with_lora(x, kept, base, down, up, scaling)
+        ctx.save_for_backward(x, kept, narrow, down, up)
         ctx.base, ctx.scaling = base, scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        seen, narrow, down, up = ctx.saved_tensors
+        x, kept, narrow, down, up = ctx.saved_tensors
         dtype = narrow.dtype
         rows = _rows(grad).to(dtype)
-        inner = rows @ (up * ctx.scaling).to(dtype)
-        to_x = to_seen = None
+        # This way around, and with one of them laid out anew, the long side is read along its rows.
+        inner = (rows @ up.t().to(dtype, memory_format=torch.contiguous_format).t()).mul_(ctx.scaling)
+        to_up = (narrow.t() @ rows).t().to(up.dtype)
+        seen = _rows(x if kept is None else x * kept).to(dtype)
+        to_down = (inner.t() @ seen).to(down.dtype)
+        del seen
+        to_x = None
         if ctx.needs_input_grad[0]:
             to_x = rows @ frozen_weight(ctx.base, dtype)
-            if not ctx.dropped:
+            if kept is None:
                 to_x.addmm_(inner, down.to(dtype))
-            to_x = to_x.view(seen.shape).to(seen.dtype)
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            to_seen = (inner @ down.to(dtype)).view(seen.shape).to(seen.dtype)
-        to_down = (inner.t() @ _rows(seen).to(dtype)).to(down.dtype)
-        # This way around, the long side is read along its rows.
-        to_up = (narrow.t() @ rows).t().to(up.dtype) * ctx.scaling
-        return to_x, to_seen, None, to_down, to_up, None
+            else:
+                to_x += (inner @ down.to(dtype)).mul_(_rows(kept))
+            to_x = to_x.view(x.shape).to(x.dtype)
+        return to_x, None, None, to_down, to_up, None
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -186,35 +174,3 @@ class _Norm(torch.autograd.Function):
         grad = grad.float() * inverse if weight is None else (grad.float() * weight).mul_(inverse)
         along = torch.linalg.vecdot(grad, wide).unsqueeze(-1).mul_(inverse).mul_(inverse).div_(-x.shape[-1])
         return grad.addcmul_(wide, along).to(x.dtype), None, None
-
-
-def rotated(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    half = cos.shape[-1] // 2
-    # Both halves of the angles are the same.
-    cos, sin = cos[..., :half].unsqueeze(unsqueeze_dim), sin[..., :half].unsqueeze(unsqueeze_dim)
-    return _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)
-
-
-class _Rotated(torch.autograd.Function):
-    """Every number of a head's first half and its fellow of the second, turned by the token's angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int) -> torch.Tensor:
-    made = torch.empty_like(x)
-    first, second = x.chunk(2, -1)
-    to_first, to_second = made.chunk(2, -1)
-    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-way)
-    torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=way)
-    return made

@@ -35,6 +35,9 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     said = table(found)
     assert "no, 33.3% apart" in said
     assert "failed: no compiler" in said
+    drawn = compared(rows, ("trl", "unsloth"), dropout=True)
+    assert drawn["arms"]["trl"]["same_training"] is None
+    assert "| 0.1% apart |" in table(drawn)
 
 
 def test_without_ours_there_is_nothing_to_compare() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,9 +42,33 @@ def test_losses_and_gradients_are_those_of_the_original_code(
     assert here["gradient"] < 2e-5
 
 
-def test_dropout_falls_on_the_same_numbers(found: dict[str, Any]) -> None:
-    assert found["dropout"]["changed"] > 1e-4
-    assert found["dropout"]["gradient"] < 2e-5
+@pytest.mark.parametrize("way", ["plain", "checkpointing"])
+def test_what_falls_to_dropout_falls_as_in_peft(found: dict[str, Any], way: str) -> None:
+    """Its own dropout, given the same numbers to leave out."""
+    here = found[f"dropout {way}"]
+    assert here["changed"] > 2e-5
+    assert here["loss"] < 2e-6
+    assert here["gradient"] < 2e-5
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
+def test_dropout_leaves_its_share_wherever_one_looks(share: float) -> None:
+    torch.manual_seed(3)
+    x = torch.empty(2, 301, 511)
+    kept = passes.kept_by_dropout(x, share).double()
+    off = (share * (1 - share)) ** 0.5
+    assert abs(kept.mean() - (1 - share)) < 5 * off / x.numel() ** 0.5
+    for means in (kept.mean((0, 1)), kept.mean((0, 2)), (kept[:, 1:] * kept[:, :-1]).mean((0, 2)) ** 0.5):
+        assert 0.5 * off < (means - (1 - share)).abs().max() * (x.numel() / len(means)) ** 0.5 < 6 * off
+
+
+def test_dropout_is_drawn_by_torchs_seed_and_anew_every_time() -> None:
+    x = torch.empty(64, 64)
+    torch.manual_seed(1)
+    first, second = passes.kept_by_dropout(x, 0.5), passes.kept_by_dropout(x, 0.5)
+    torch.manual_seed(1)
+    assert passes.kept_by_dropout(x, 0.5).equal(first)
+    assert 0.4 < (first == second).double().mean() < 0.6
 
 
 def test_in_bfloat16_it_is_no_less_exact(found: dict[str, Any]) -> None:
@@ -56,7 +81,6 @@ def test_every_layer_is_taught(found: dict[str, Any]) -> None:
     assert found["lora_layers"] == sum(n for name, n in told.items() if name.endswith("passes.lora_forward"))
     if "NeoX" not in found["class"]:
         assert found["norms"] == sum(n for name, n in told.items() if name.endswith("passes.norm_forward"))
-        assert any(name.endswith("passes.rotated") for name in told)
 
 
 def test_the_last_layer_is_left_as_it_was(found: dict[str, Any]) -> None:
@@ -91,30 +115,36 @@ def test_a_variant_of_lora_is_left_alone() -> None:
 
 
 def test_no_last_layer_is_cut_under_unsloth_nor_of_a_family_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
     from recipes.stages import last_layer
 
-    network = torch.nn.Module()
-    network.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})])
-    assert last_layer.parts(network) == []
+    unknown = torch.nn.Module()
+    unknown.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})])
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    assert last_layer.possible()
+    assert last_layer.parts(unknown) == []
+    known = LlamaModel(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    )
+    assert last_layer.parts(known)
     monkeypatch.setitem(sys.modules, "unsloth", torch)
-    assert not last_layer.possible()
+    assert last_layer.parts(known) == []
 
 
 @contextmanager
 def original(network: Any) -> Iterator[None]:
-    """The network as PEFT and transformers made it."""
+    """The network as PEFT and transformers made it, with our numbers in the place of dropout's."""
     taught = [(m, vars(m).pop("forward")) for m in network.modules() if _is_ours(vars(m).get("forward"))]
-    code = sys.modules[type(network.get_base_model()).__module__]
-    turn = code.apply_rotary_pos_emb
-    code.apply_rotary_pos_emb = passes.original_rotation(code)  # type: ignore[attr-defined]
     try:
-        yield
+        with mock.patch.object(torch.nn.Dropout, "forward", dropped):
+            yield
     finally:
-        code.apply_rotary_pos_emb = turn  # type: ignore[attr-defined]
         for module, forward in taught:
             module.forward = forward
+
+
+def dropped(self: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    return x * passes.kept_by_dropout(x, self.p) / (1 - self.p) if self.training and self.p else x
 
 
 def _is_ours(forward: Any) -> bool:
@@ -127,8 +157,7 @@ def compared(name: str) -> dict[str, Any]:
         network, batch = ready(name, quantization, "float32")
         for way in ("plain", "checkpointing"):
             if way == "checkpointing":
-                network.gradient_checkpointing_enable({"use_reentrant": False})
-                network.enable_input_require_grads()
+                checkpointed(network)
             ours, (cut, _) = taken(network, batch), taken(network, batch, cut=True)
             with original(network):
                 theirs = taken(network, batch)
@@ -137,12 +166,15 @@ def compared(name: str) -> dict[str, Any]:
             }  # fmt: skip
     result |= told(network, batch)
     network, batch = ready(name, "none", "float32", dropout=0.2)
-    ours = taken(network, batch)
-    with original(network):
-        theirs = taken(network, batch)
-    network.eval()
-    still = taken(network, batch)
-    result["dropout"] = {"gradient": apart(ours, theirs)["gradient"], "changed": apart(ours, still)["loss"]}
+    still = taken(network.eval(), batch)
+    network.train()
+    for way in ("plain", "checkpointing"):
+        if way == "checkpointing":
+            checkpointed(network)
+        ours = taken(network, batch)
+        with original(network):
+            theirs = taken(network, batch)
+        result[f"dropout {way}"] = {**apart(ours, theirs), "changed": apart(ours, still)["loss"]}
     exact, batch = ready(name, "none", "bfloat16")
     ours = taken(exact, batch, narrow=True)
     with original(exact):
@@ -151,6 +183,11 @@ def compared(name: str) -> dict[str, Any]:
         best = taken(exact, batch)
     result["bfloat16"] = {"passes": distance(ours, best), "original": distance(theirs, best)}
     return result
+
+
+def checkpointed(network: Any) -> None:
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.enable_input_require_grads()
 
 
 def ready(name: str, quantization: Any, dtype: Any, dropout: float = 0.0) -> tuple[Any, dict[str, torch.Tensor]]:

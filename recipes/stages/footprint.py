@@ -316,7 +316,8 @@ def moments(shape: Shape, batch: Batch) -> Moments:
     live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)])
     asked = torch.empty(batch.supervised if on.backend != "unsloth" else 0, dtype=torch.long, device="meta")
     kernels = standins.kernels(on.cuda, type(base.base_model).__module__, on.backend)
-    with kernels, last_layer.serving(network, asked, batch.rows * batch.length), live:
+    served = last_layer.cut(last_layer.parts_of(network), asked, batch.rows * batch.length)
+    with kernels, served, live:
         with _computing(on):
             mask = _masks(config, on, batch)
             ids = torch.empty((batch.rows, batch.length), dtype=torch.long, device="meta")

@@ -8,8 +8,8 @@ dropout falls.
 Import this after a backend has loaded its libraries.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,9 +28,6 @@ MOST = 0.8
 @contextmanager
 def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
     """Within this the network's last layer, in the backward pass too, serves the labels that carry loss."""
-    if not possible():
-        yield
-        return
     asked = labels.new_zeros(labels.shape, dtype=torch.bool)
     asked[:, :-1] = labels[:, 1:] != IGNORED
     places = asked.flatten().nonzero()[:, 0]
@@ -38,18 +35,33 @@ def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def possible() -> bool:
-    """Unsloth's layers are compiled on a GPU, and would be anew for every number of tokens that are asked for."""
-    return "unsloth" not in loaded_patchers()
+def serving(network: Any, places: torch.Tensor, tokens: int) -> AbstractContextManager[None]:
+    """As many places as are asked for, among so many tokens."""
+    return cut(parts(network), places, tokens)
+
+
+def parts(network: Any) -> list[Any]:
+    """What of a network in use can be cut. Unsloth's layers are compiled on a GPU, and would be anew for every number
+    of tokens that are asked for."""
+    return [] if "unsloth" in loaded_patchers() else parts_of(network)
+
+
+def parts_of(network: Any) -> list[Any]:
+    """Of the last layer of a family that is known; what a vision tower sees is not text."""
+    lists = (m for name, m in network.named_modules() if isinstance(m, torch.nn.ModuleList) and "vision" not in name)
+    layers = next(lists, ())
+    if not layers or type(layers[-1]).__module__.rpartition(".")[2] not in _KNOWN:
+        return []
+    named = {name.rpartition(".")[2]: part for name, part in layers[-1].named_modules()}
+    return [named[name] for name in _PARTS if name in named]
 
 
 @contextmanager
-def serving(network: Any, places: torch.Tensor, tokens: int) -> Iterator[None]:
-    """As many places as are asked for, among so many tokens."""
+def cut(found: Sequence[Any], places: torch.Tensor, tokens: int) -> Iterator[None]:
     if not 0 < len(places) <= MOST * tokens:
         yield
         return
-    before = [(part, part.forward) for part in parts(network)]
+    before = [(part, part.forward) for part in found]
     own = [part for part, _ in before if "forward" in vars(part)]
     for part, forward in before:
         part.forward = _only(forward, places)
@@ -61,16 +73,6 @@ def serving(network: Any, places: torch.Tensor, tokens: int) -> Iterator[None]:
                 part.forward = forward
             else:
                 del part.forward
-
-
-def parts(network: Any) -> list[Any]:
-    """Of the last layer of a family that is known; what a vision tower sees is not text."""
-    lists = (m for name, m in network.named_modules() if isinstance(m, torch.nn.ModuleList) and "vision" not in name)
-    layers = next(lists, ())
-    if not layers or type(layers[-1]).__module__.rpartition(".")[2] not in _KNOWN:
-        return []
-    named = {name.rpartition(".")[2]: part for name, part in layers[-1].named_modules()}
-    return [named[name] for name in _PARTS if name in named]
 
 
 def _only(forward: Callable[[torch.Tensor], torch.Tensor], places: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -68,7 +68,7 @@ def _teach(network: Any, choice: Choice) -> None:
     from fallback import passes
 
     if choice.backend == "peft" and passes.fitting(choice.device):
-        passes.install(network)
+        passes.teach(network)
 
 
 def lora_targets(network: Any, settings: Settings) -> list[str] | str:

@@ -7,7 +7,6 @@ not been looked at cannot matter any more. Nothing is sampled and nothing is par
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -199,7 +198,7 @@ class _Context:
         )
         places = chosen.flatten().nonzero()[:, 0]
         try:
-            with last_layer.serving(self.network, places, tokens.size) if last_layer.possible() else nullcontext():
+            with last_layer.serving(self.network, places, tokens.size):
                 output = self.network(
                     input_ids=torch.from_numpy(tokens).to(device),
                     position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),

@@ -343,17 +343,15 @@ def kernels(cuda: bool, model_module: str, backend: str) -> Iterator[None]:
         )
         if cuda:
             stack.enter_context(mock.patch.object(functional, "dropout", _dropout))
-        turn: Any = None
         if cuda and backend != "peft" and not model_module.endswith("modeling_gpt_neox"):
-            turn = _rotary
-        elif passes.rotates_whole(module):
-            turn = passes.rotated if backend == "peft" and passes.fitting("cuda" if cuda else "cpu") else None
-            # A training in this process may have replaced it for good.
-            turn = turn or passes.original_rotation(module)
-        if turn is not None:
-            stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb", turn))
+            stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb", _rotary))
         stack.enter_context(mock.patch.object(passes, "frozen_weight", _frozen_weight))
+        stack.enter_context(mock.patch.object(passes, "kept_by_dropout", _kept))
         yield
+
+
+def _kept(x: torch.Tensor, _: float) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.bool)
 
 
 def _frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
