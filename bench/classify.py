@@ -119,8 +119,9 @@ def trained(args: Classify, folder: Path) -> Run:
 def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> dict[str, Any]:
     import torch
 
+    from recipes.stages.contexts import AT_ONCE, slices
     from recipes.stages.generation import generate
-    from recipes.stages.scoring import Codes, affordable_tokens, batches, score
+    from recipes.stages.scoring import Codes, score
 
     codes = Codes(model.renderer, Known.of(run).train_rows)
     texts = [text for text, _ in known_payments(args)[: args.texts]]
@@ -129,7 +130,6 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     own = sorted(
         (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts), key=len, reverse=True
     )
-    budget = args.batch_tokens or affordable_tokens(model.network)
     valid: dict[str, float] = {}
     expansions: list[int] = []
 
@@ -156,10 +156,10 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
 
     def bound() -> int:
         backbone = model.network.get_base_model().base_model
-        for batch in batches([(tokens, 0) for tokens in own], 0, codes, budget):
-            width = len(batch[0][0])
-            padded = torch.tensor([[0] * (width - len(t)) + list(t) for t, _ in batch], device=model.network.device)
-            mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t, _ in batch], device=model.network.device)
+        for rows in slices(own, AT_ONCE[model.network.device.type]):
+            width = len(own[rows.start])
+            padded = torch.tensor([[0] * (width - len(t)) + list(t) for t in own[rows]], device=model.network.device)
+            mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in own[rows]], device=model.network.device)
             with torch.inference_mode():
                 backbone(input_ids=padded, attention_mask=mask, use_cache=False)
         if model.network.device.type == "cuda":

@@ -42,6 +42,13 @@ def test_exact(found: dict[str, Any]) -> None:
     assert found["exhaustive"]["missing"] == 0
 
 
+def test_no_padding_goes_through_the_network(found: dict[str, Any]) -> None:
+    assert found["packed"]["given"] == found["packed"]["real"]
+    # And where attention cannot be told, with padding:
+    assert found["packed"]["padded"] > found["packed"]["real"]
+    assert found["packed"]["difference"] < 1e-4
+
+
 def test_best_first_is_right_to_the_tolerance(found: dict[str, Any]) -> None:
     assert found["best_first"]["difference"] < 1e-4
     assert found["best_first"]["best"] == found["texts"]
@@ -90,23 +97,32 @@ def test_an_end_is_read_only_where_it_tells_codes_apart() -> None:
     assert distinguishing([([1], [9]), ([1, 3], [9]), ([2], [9])]) == [[1, 9], [1, 3], [2]]
 
 
-@pytest.mark.parametrize("costs", [0, 5, 40, 10_000])
-def test_texts_of_like_length_are_read_together(monkeypatch: pytest.MonkeyPatch, costs: int) -> None:
-    from itertools import combinations, pairwise
+def test_texts_of_like_length_are_read_in_one_pass() -> None:
+    from recipes.stages.contexts import slices
+
+    texts = [[0] * length for length in (70, 68, 60, 41, 40, 40, 22, 9, 8)]
+    assert [(rows.start, rows.stop) for rows in slices(texts, 140)] == [(0, 2), (2, 4), (4, 7), (7, 9)]
+    assert [(rows.start, rows.stop) for rows in slices(texts, 1)] == [(i, i + 1) for i in range(9)]
+
+
+def test_rows_are_no_more_than_logits_can_be_held_of() -> None:
+    from types import SimpleNamespace
+
+    import torch
 
     from recipes.stages import scoring
 
-    monkeypatch.setitem(scoring._PIECE, "cpu", costs)
-    lengths = [70, 68, 60, 41, 40, 40, 22, 9, 8]
+    def rows(vocabulary: int) -> int:
+        config = SimpleNamespace(vocab_size=vocabulary)
+        return scoring._most_rows(
+            SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), dtype=torch.float32)
+        )
 
-    def price(ends: tuple[int, ...]) -> int:
-        return sum((b - a) * lengths[a] + costs for a, b in pairwise((0, *ends, len(lengths))))
-
-    every = [ends for n in range(len(lengths)) for ends in combinations(range(1, len(lengths)), n)]
-    pieces = scoring._alike(lengths, "cpu")
-    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(lengths)))
-    assert price(tuple(piece.stop for piece in pieces[:-1])) == min(map(price, every))
-    assert len(pieces) == {0: 8, 5: 5, 40: 3, 10_000: 1}[costs]
+    assert 1 <= rows(262_144) * 262_144 * 4 * 2 * scoring._AT_ONCE <= scoring._LOGITS_BYTES
+    assert rows(10**12) == 1
+    many = [(tuple(range(10)), -1)] * 50
+    codes = SimpleNamespace(alphabet=range(10))
+    assert [len(b) for b in scoring._batches(many, codes, 10_000, 20)] == [20, 20, 10]  # type: ignore[arg-type]
 
 
 def check(name: str, backend: str) -> dict[str, Any]:
@@ -121,7 +137,7 @@ def check(name: str, backend: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from recipes.stages import scoring
+    from recipes.stages import contexts, scoring
 
     torch.manual_seed(0)
     with torch.no_grad():
@@ -156,27 +172,29 @@ def check(name: str, backend: str) -> dict[str, Any]:
                 reference[i, j] = sum(logits[len(ids) - 1 + k, token].item() for k, token in enumerate(answer))
 
     calls: list[int] = []
-    forward = scoring._Context.read
+    forward = contexts.Context._pass
 
-    def counted(self: Any, tokens: Any, *rest: Any) -> Any:
-        calls.append(tokens.size)
-        return forward(self, tokens, *rest)
+    def counted(self: Any, rows: Any, tokens: Any, positions: Any, *rest: Any) -> Any:
+        calls.append(int((positions >= 0).sum()))
+        return forward(self, rows, tokens, positions, *rest)
 
-    scoring._Context.read = counted  # type: ignore[method-assign]
-    # So that so few texts make several pieces, some of more than one length.
-    scoring._PIECE["cpu"] = 3
+    contexts.Context._pass = counted  # type: ignore[method-assign]
+    # So that so few texts take several passes, some of them of more than one length.
+    contexts.AT_ONCE["cpu"] = 250
     lengths = sorted(map(len, encoded), reverse=True)
-    pieces = [len(set(lengths[piece])) for piece in scoring._alike(lengths, "cpu")]
+    start = scoring._shared_start(encoded)
+    own = [[0] * (length - start) for length in lengths]
+    pieces = [len({len(text) for text in own[rows]}) for rows in contexts.slices(own, contexts.AT_ONCE["cpu"])]
     try:
         return {**compared(model, codes, prompts, reference, encoded, calls), "pieces": pieces}
     finally:
-        scoring._Context.read = forward  # type: ignore[method-assign]
+        contexts.Context._pass = forward  # type: ignore[method-assign]
 
 
 def compared(model: Any, codes: Any, prompts: Any, reference: Any, encoded: Any, calls: list[int]) -> dict[str, Any]:
     import numpy as np
 
-    from recipes.stages import scoring
+    from recipes.stages import contexts, scoring
 
     def scored(some: Any = prompts, **how: Any) -> tuple[Any, dict[str, Any]]:
         calls.clear()
@@ -192,7 +210,16 @@ def compared(model: Any, codes: Any, prompts: Any, reference: Any, encoded: Any,
             "tokens": sum(calls),
         }
 
+    given: list[int] = []
+    hook = model.network.get_input_embeddings().register_forward_pre_hook(lambda _, x: given.append(x[0].numel()))
     exhaustive_p, exhaustive = scored(tolerance=0.0)
+    packed = {"given": sum(given), "real": sum(calls)}
+    given.clear()
+    packs, contexts.Context._packs = contexts.Context._packs, lambda _: False  # type: ignore[method-assign]
+    padded_p, _ = scored(tolerance=0.0)
+    contexts.Context._packs = packs  # type: ignore[method-assign]
+    hook.remove()
+    packed["padded"] = sum(given)
     _, best_first = scored()
     wanted = [codes.names[-1 - i] for i in range(len(prompts))]
     rough_p, _ = scored(tolerance=0.5)
@@ -208,6 +235,7 @@ def compared(model: Any, codes: Any, prompts: Any, reference: Any, encoded: Any,
         "texts": len(prompts),
         "longest": max(map(len, encoded)),
         "exhaustive": exhaustive,
+        "packed": {**packed, "difference": float(np.abs(padded_p - exhaustive_p).max())},
         "best_first": best_first,
         "rough": {"missing_included": missing(rough_p)},
         "including": {**including, "missing_included": missing(including_p)},

@@ -38,7 +38,7 @@ class Scoring:
     exhaustive: bool = False
     """Score every code instead of stopping when the others cannot matter."""
     batch_tokens: int | None = None
-    """Tokens whose keys and values are held at one time; what 1 GiB holds, 8,192 at most, if not given."""
+    """Tokens whose keys and values are held at one time; what 1 GiB holds, 32,768 at most, if not given."""
     min_confidence: float = 0.0
     """Answer "unsure" below this confidence."""
 

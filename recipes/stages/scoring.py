@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
-from transformers import Cache, DynamicLayer
 
-from recipes.stages import last_layer
+from recipes.stages.contexts import Context
 from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, UserError
@@ -24,17 +22,16 @@ from recipes.stages.render import Renderer
 
 TOLERANCE = 1e-4
 """Share of the probability that may be left unexplored."""
-MOST_TOKENS = 8192
+MOST_TOKENS = 32768
 CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
 # Branches of one text read in one pass: more would leave most of the batch's columns to padding.
 _AT_ONCE = 4
 # Columns of such a pass beyond what its best guesses need.
 _WIDER = 2
-# What one more pass over some rows costs beside their tokens, as so many tokens. A GPU waits for its many kernels.
-_PIECE = {"cpu": 128, "cuda": 4096}
-# Rows of logits turned into float32 at one time.
+# Rows of logits turned into float32 at one time, and bytes of all that one pass may leave.
 _LOGITS_AT_ONCE = 64
+_LOGITS_BYTES = 2**29
 
 
 @dataclass
@@ -99,129 +96,6 @@ def distinguishing(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> li
     return [[*code, *(end if tuple(code) in beginnings else ())] for code, end in answers]
 
 
-class _Room(DynamicLayer):
-    """Keys and values of one layer, with room for what comes: appending does not copy what is there."""
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.used = capacity, 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, heads, new, width = key_states.shape
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys = key_states.new_empty(rows, heads, max(new, self.capacity), width)
-            self.values = value_states.new_empty(rows, heads, max(new, self.capacity), value_states.shape[-1])
-        if self.used + new > self.keys.shape[2]:
-            more = (0, 0, 0, max(new, self.keys.shape[2] // 2))
-            self.keys, self.values = (torch.nn.functional.pad(held, more) for held in (self.keys, self.values))
-        self.keys[:, :, self.used : self.used + new] = key_states
-        self.values[:, :, self.used : self.used + new] = value_states
-        self.used += new
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
-
-    def get_seq_length(self) -> int:
-        return self.used
-
-    def take(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-class _Context:
-    """A batch of rows that share a cache. Every column of it has a position in each row, or none where it is padding;
-    which columns a new token may look at is said outright, since positions and columns differ here."""
-
-    def __init__(self, network: Any, rows: int, capacity: int):
-        self.network = network
-        config = network.config.get_text_config()
-        self.kinds = _kinds(config)
-        self.window = config.sliding_window if self.kinds else None
-        self.cache = Cache(layers=[_Room(capacity) for _ in range(config.num_hidden_layers)])
-        self.positions = np.full((rows, 0), -1)
-
-    def begin_with(self, other: "_Context") -> None:
-        """Take over the keys and values of a context of one row, for all rows."""
-        rows = len(self.positions)
-        for mine, given in zip(self.cache.layers, other.cache.layers, strict=True):
-            if given.used:
-                mine.update(*(x[:, :, : given.used].expand(rows, -1, -1, -1) for x in (given.keys, given.values)))
-        self.positions = np.repeat(other.positions, rows, axis=0)
-
-    def put_together(self, parts: Sequence["_Context"]) -> None:
-        """Take over other contexts' rows, one after the other; their columns end together."""
-        width = max(part.positions.shape[1] for part in parts)
-        self.positions = np.concatenate(
-            [np.pad(p.positions, ((0, 0), (width - p.positions.shape[1], 0)), constant_values=-1) for p in parts]
-        )
-        for number, layer in enumerate(self.cache.layers):
-            given = [(part.cache.layers[number], width - part.positions.shape[1]) for part in parts]
-            # Nobody looks at padding, but it has to be a number.
-            layer.update(
-                torch.cat([pad(each.keys[:, :, : each.used], (0, 0, short, 0)) for each, short in given]),
-                torch.cat([pad(each.values[:, :, : each.used], (0, 0, short, 0)) for each, short in given]),
-            )
-            for each, _ in given:
-                # Held once, not twice, while the other layers follow.
-                each.keys = each.values = None
-
-    def keep(self, rows: Sequence[int]) -> None:
-        chosen = torch.tensor(rows, device=self.network.device)
-        for layer in self.cache.layers:
-            layer.take(chosen)
-        self.positions = self.positions[rows]
-
-    def read(
-        self, tokens: np.ndarray, positions: np.ndarray, path: np.ndarray, groups: np.ndarray, wanted: np.ndarray
-    ) -> torch.Tensor:
-        """Logits after those of `tokens` (rows x new) that are `wanted`, one row each, in their order. `positions` is
-        -1 at padding; `path` (rows x new x columns so far) says which earlier columns a token follows; of the new
-        ones it sees those of its own group before it."""
-        new = tokens.shape[1]
-        among = np.tril(np.ones((new, new), dtype=bool)) & (groups[:, :, None] == groups[:, None, :])
-        allowed = np.concatenate([path, among & (positions >= 0)[:, None, :]], axis=2)
-        # A padding token that sees nothing would come out as NaN, and NaN spreads even with weight zero.
-        allowed[:, np.arange(new), path.shape[2] + np.arange(new)] = True
-        every = np.concatenate([self.positions, positions], axis=1)
-        masks = {"full_attention": allowed}
-        if self.window is not None:
-            near = positions[:, :, None] - every[:, None, :] < self.window
-            masks["sliding_attention"] = allowed & near
-        self.positions = every
-        device = self.network.device
-        ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
-        chosen = torch.from_numpy(wanted).to(device)
-        # A row of logits is as long as the vocabulary: of a quarter million numbers, where only few are looked at.
-        hook = self.network.get_output_embeddings().register_forward_pre_hook(
-            lambda head, inputs: (inputs[0][chosen][None],)
-        )
-        places = chosen.flatten().nonzero()[:, 0]
-        try:
-            with last_layer.serving(self.network, places, tokens.size):
-                output = self.network(
-                    input_ids=torch.from_numpy(tokens).to(device),
-                    position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),
-                    attention_mask=ready if self.kinds else ready["full_attention"],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
-        finally:
-            hook.remove()
-        return output.logits[0]
-
-    def _as_model_wants(self, allowed: torch.Tensor) -> torch.Tensor:
-        if self.network.config.get_text_config()._attn_implementation == "sdpa":
-            return allowed
-        mask = torch.zeros(allowed.shape, dtype=self.network.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
-
-
-def _kinds(config: Any) -> bool:
-    """Whether layers differ in what they may look at, and want one mask per kind."""
-    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
-
-
 @dataclass
 class Scores:
     """Natural logarithm of each code's probability, a row per text and a column per code; -inf where it was not
@@ -261,13 +135,14 @@ def score(
     batch_tokens = batch_tokens or affordable_tokens(model.network)
     with torch.inference_mode():
         start = _shared_start(encoded)
-        prefix = _Context(model.network, 1, start)
+        prefix = Context(model.network, 1, start)
         if start:
-            _read_padded(prefix, [encoded[0][:start]])
+            prefix.read_texts([encoded[0][:start]])
         found: list[tuple[int, tuple[np.ndarray, int]]] = []
-        for _, batch in team.mine(list(batches(different, start, codes, batch_tokens))):
-            context = _Context(model.network, len(batch), len(batch[0][0]) + walk.room)
-            logits = _read_texts(context, prefix, [text[start:] for text, _ in batch])
+        for _, batch in team.mine(list(_batches(different, codes, batch_tokens, _most_rows(model.network)))):
+            context = Context(model.network, len(batch), len(batch[0][0]) + walk.room)
+            context.begin_with(prefix)
+            logits = context.read_texts([text[start:] for text, _ in batch])
             states = walk.through(context, logits, [code for _, code in batch])
             for key, state in zip(batch, states, strict=True):
                 found.append((same[key][0], (state.closed, state.expansions)))
@@ -288,6 +163,12 @@ def affordable_tokens(network: Any, most: int = MOST_TOKENS) -> int:
     return max(1024, min(most, CACHE_BYTES // per_token))
 
 
+def _most_rows(network: Any) -> int:
+    """Whose guesses' logits can be held at one time."""
+    config = network.config.get_text_config()
+    return max(1, _LOGITS_BYTES // (2 * _AT_ONCE * config.vocab_size * network.dtype.itemsize))
+
+
 def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; one is left to each, whose logits start the walk."""
     first, last = min(map(tuple, encoded)), max(map(tuple, encoded))
@@ -295,58 +176,13 @@ def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, encoded)) - 1)
 
 
-def batches(different: list[Any], start: int, codes: Codes, batch_tokens: int) -> Iterator[list[Any]]:
+def _batches(different: list[Any], codes: Codes, batch_tokens: int, most_rows: int) -> Iterator[list[Any]]:
     """Like lengths together, as many rows as batch_tokens holds."""
     at = 0
     while at < len(different):
-        rows = max(1, batch_tokens // (len(different[at][0]) + len(codes.alphabet)))
+        rows = max(1, min(most_rows, batch_tokens // (len(different[at][0]) + len(codes.alphabet))))
         yield different[at : at + rows]
         at += rows
-
-
-def _read_texts(context: _Context, prefix: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Run the texts, longest first, behind what all begin with; logits after the last token of each. Those of like
-    length run together, so that little is padding, and then stand in one context."""
-    pieces = _alike([len(text) for text in texts], context.network.device.type)
-    if len(pieces) == 1:
-        context.begin_with(prefix)
-        return _read_padded(context, texts)
-    logits, parts = [], []
-    for piece in pieces:
-        capacity = prefix.positions.shape[1] + len(texts[piece.start])
-        parts.append(_Context(context.network, piece.stop - piece.start, capacity))
-        parts[-1].begin_with(prefix)
-        logits.append(_read_padded(parts[-1], texts[piece]))
-    context.put_together(parts)
-    return torch.cat(logits)
-
-
-def _alike(lengths: Sequence[int], device: str) -> list[slice]:
-    """Falling lengths in pieces that cost least: each row of a piece is as long as its first, and each piece costs as
-    much as some tokens more."""
-    least = [(0, 0)]
-    for stop in range(1, len(lengths) + 1):
-        costs = ((least[at][0] + (stop - at) * lengths[at] + _PIECE[device], at) for at in range(stop))
-        least.append(min(costs))
-    pieces, stop = [], len(lengths)
-    while stop:
-        pieces.append(slice(least[stop][1], stop))
-        stop = least[stop][1]
-    return pieces[::-1]
-
-
-def _read_padded(context: _Context, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Run the texts, padded on the left; logits after the last token of each."""
-    width, before = max(map(len, texts)), context.positions.shape[1]
-    tokens = np.zeros((len(texts), width), dtype=np.int64)
-    positions = np.full((len(texts), width), -1)
-    for row, text in enumerate(texts):
-        tokens[row, width - len(text) :] = text
-        positions[row, width - len(text) :] = before + np.arange(len(text))
-    path = np.broadcast_to((context.positions >= 0)[:, None, :], (len(texts), width, before))
-    last = np.zeros(tokens.shape, dtype=bool)
-    last[:, -1] = True
-    return context.read(tokens, positions, path, np.zeros_like(tokens), last)
 
 
 @dataclass
@@ -383,7 +219,7 @@ class _Walk:
         self.room = 4 * max(1, len(self.codes.alphabet))
         self.order = 0
 
-    def through(self, context: _Context, logits: torch.Tensor, include: Sequence[int]) -> list[_State]:
+    def through(self, context: Context, logits: torch.Tensor, include: Sequence[int]) -> list[_State]:
         states = [
             _State(np.full(len(self.codes.names), -np.inf), [], int(context.positions[row].max()) + 1, code)
             for row, code in enumerate(include)
@@ -463,7 +299,7 @@ class _Walk:
                 self._push(state, last.log_p, last.branches[0], last.above)
         return max(sum(len(guess.tokens) for guess in guesses) for guesses in chosen)
 
-    def _expand(self, context: _Context, states: list[_State], texts: int) -> None:
+    def _expand(self, context: Context, states: list[_State], texts: int) -> None:
         """Look into some branches of every text."""
         chosen = [self._chosen(state) for state in states]
         width = self._fitting(chosen, states)
