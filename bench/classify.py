@@ -119,7 +119,7 @@ def trained(args: Classify, folder: Path) -> Run:
 def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> dict[str, Any]:
     import torch
 
-    from recipes.stages.contexts import AT_ONCE, slices
+    from recipes.stages.contexts import Context
     from recipes.stages.generation import generate
     from recipes.stages.scoring import Codes, score
 
@@ -155,13 +155,8 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
         return len(prompts)
 
     def bound() -> int:
-        backbone = model.network.get_base_model().base_model
-        for rows in slices(own, AT_ONCE[model.network.device.type]):
-            width = len(own[rows.start])
-            padded = torch.tensor([[0] * (width - len(t)) + list(t) for t in own[rows]], device=model.network.device)
-            mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in own[rows]], device=model.network.device)
-            with torch.inference_mode():
-                backbone(input_ids=padded, attention_mask=mask, use_cache=False)
+        with torch.inference_mode():
+            Context(model.network, len(own), len(own[0])).read_texts(own)
         if model.network.device.type == "cuda":
             torch.cuda.synchronize()
         return len(own)

@@ -4,6 +4,7 @@ Ours, TRL and Unsloth, each in a process of its own, in random order with the ar
 same model, tokens, rows and steps. What is learned is compared too: a faster training that is another one is no gain.
 """
 
+import importlib
 import random
 import shlex
 import shutil
@@ -117,8 +118,9 @@ def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dic
     backend = args.backend if arm == OURS else RIVALS[arm]
     flags = ["--size", args.size, "--weights", "random", "--backend", backend, "--dtype", args.dtype]
     flags += ["--max-steps", str(args.steps), *LIKE_WITH_LIKE]
-    if not args.dropout:
-        flags += ["--lora-dropout", "0"]
+    # A small model's own settings may go without.
+    dropout = importlib.import_module(f"recipes.{name}").RECIPE.settings.lora_dropout if args.dropout else 0
+    flags += ["--lora-dropout", str(dropout)]
     if args.batch_size is not None:
         flags += ["--batch-size", str(args.batch_size)]
     case = Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]

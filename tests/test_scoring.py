@@ -112,17 +112,41 @@ def test_rows_are_no_more_than_logits_can_be_held_of() -> None:
 
     from recipes.stages import scoring
 
-    def rows(vocabulary: int) -> int:
+    def rows(vocabulary: int, longest: int) -> int:
         config = SimpleNamespace(vocab_size=vocabulary)
-        return scoring._most_rows(
-            SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), dtype=torch.float32)
-        )
+        network = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), dtype=torch.float32)
+        return scoring._most_rows(network, SimpleNamespace(answers=[[0] * longest, [0]]))  # type: ignore[arg-type]
 
-    assert 1 <= rows(262_144) * 262_144 * 4 * 2 * scoring._AT_ONCE <= scoring._LOGITS_BYTES
-    assert rows(10**12) == 1
+    for longest in (5, 30):
+        assert 0.5 * 2**29 < rows(262_144, longest) * (longest + 2) * 262_144 * 4 <= 2**29
+    assert rows(10**12, 5) == 1
     many = [(tuple(range(10)), -1)] * 50
-    codes = SimpleNamespace(alphabet=range(10))
-    assert [len(b) for b in scoring._batches(many, codes, 10_000, 20)] == [20, 20, 10]  # type: ignore[arg-type]
+    assert [len(b) for b in scoring._batches(many, 10, 10_000, 20)] == [20, 20, 10]
+    assert [len(b) for b in scoring._batches(many, 10, 300, 20)] == [15, 15, 15, 5]
+
+
+def test_keys_and_values_go_with_their_batch() -> None:
+    """Not when Python next looks for circles of references: there would be a gigabyte for every batch till then."""
+    import gc
+    import weakref
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from recipes.stages.contexts import Context
+
+    shape = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=8,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    context = Context(LlamaForCausalLM(shape).eval(), 2, 4)
+    context.read_texts([[1, 2, 3], [4]])
+    held = [weakref.ref(layer) for layer in context.cache.layers]
+    gc.disable()
+    try:
+        del context
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def check(name: str, backend: str) -> dict[str, Any]:
@@ -180,11 +204,11 @@ def check(name: str, backend: str) -> dict[str, Any]:
 
     contexts.Context._pass = counted  # type: ignore[method-assign]
     # So that so few texts take several passes, some of them of more than one length.
-    contexts.AT_ONCE["cpu"] = 250
+    contexts.PLACES_AT_ONCE["cpu"] = 250
     lengths = sorted(map(len, encoded), reverse=True)
     start = scoring._shared_start(encoded)
     own = [[0] * (length - start) for length in lengths]
-    pieces = [len({len(text) for text in own[rows]}) for rows in contexts.slices(own, contexts.AT_ONCE["cpu"])]
+    pieces = [len({len(text) for text in own[rows]}) for rows in contexts.slices(own, contexts.PLACES_AT_ONCE["cpu"])]
     try:
         return {**compared(model, codes, prompts, reference, encoded, calls), "pieces": pieces}
     finally:

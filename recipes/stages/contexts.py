@@ -6,23 +6,24 @@ know where the rows are: keys and values are laid out as rows when they are put 
 Import this after a backend has loaded its libraries.
 """
 
-import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Cache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
 from fallback.patched import loaded_patchers
 from recipes.stages import last_layer
+from recipes.stages.folding import attending, attentions
 
 # Places of a batch's rows, padding among them, whose texts are read in one pass. A CPU is fastest where a layer's
 # outcome stays in its caches; a GPU waits for its many kernels.
-AT_ONCE = {"cpu": 4096, "cuda": 8192}
+PLACES_AT_ONCE = {"cpu": 4096, "cuda": 8192}
 
 
 class Context:
@@ -38,7 +39,9 @@ class Context:
         self.now = slice(0, rows)
         """Rows of the pass that is going on."""
         self.packed: Packed | None = None
-        self.cache = Cache(layers=[_Room(self) for _ in range(self.config.num_hidden_layers)])
+        # Not in a circle: keys and values are to go when the context goes, not when Python next looks for circles.
+        itself = weakref.proxy(self)
+        self.cache = Cache(layers=[_Room(itself) for _ in range(self.config.num_hidden_layers)])
 
     def begin_with(self, other: "Context") -> None:
         """Take over the keys and values of a context of one row, for all rows."""
@@ -60,7 +63,7 @@ class Context:
         each."""
         before, logits = self.positions, []
         positions = np.full((len(texts), len(texts[0])), -1)
-        for rows in slices(texts, AT_ONCE[self.network.device.type]):
+        for rows in slices(texts, PLACES_AT_ONCE[self.network.device.type]):
             some, width = texts[rows], len(texts[rows.start])
             tokens, last = np.zeros((len(some), width), dtype=np.int64), np.zeros((len(some), width), dtype=bool)
             for row, text in enumerate(some):
@@ -134,13 +137,12 @@ class Context:
 
     @contextmanager
     def _during(self, rows: slice, packed: "Packed | None" = None) -> Iterator[None]:
-        usual, self.now, self.packed = self.config._attn_implementation, rows, packed
-        if packed is not None:
-            self.config._attn_implementation = _NAMES[usual]
+        self.now, self.packed = rows, packed
         try:
-            yield
+            with attending(self.config, _NAMES) if packed is not None else nullcontext():
+                yield
         finally:
-            self.config._attn_implementation, self.packed = usual, None
+            self.packed = None
 
     def _as_model_wants(self, allowed: torch.Tensor) -> torch.Tensor:
         if self.config._attn_implementation == "sdpa":
@@ -166,13 +168,14 @@ class _Room(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(*given)
             room = len(context.positions), given[0].shape[1], max(new, context.capacity)
-            # Nobody looks at padding, but it has to be a number.
-            self.keys, self.values = (x.new_zeros(*room, x.shape[-1]) for x in given)
+            self.keys, self.values = (x.new_empty(*room, x.shape[-1]) for x in given)
         if before + new > self.keys.shape[2]:
             more = (0, 0, 0, max(new, self.keys.shape[2] // 2))
             self.keys, self.values = (torch.nn.functional.pad(held, more) for held in (self.keys, self.values))
         for held, x in zip((self.keys, self.values), given, strict=True):
             held[context.now, :, before : before + new] = x
+            # Rows that are read later have shorter texts. Nobody looks at what they leave, but it has to be a number.
+            held[context.now.stop :, :, before : before + new] = 0
         return self.keys[context.now, :, : before + new], self.values[context.now, :, : before + new]
 
     def get_seq_length(self) -> int:
@@ -213,14 +216,10 @@ def _attend(
     packed: Packed,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    if query.is_cpu and module.config._attn_implementation == _NAMES["sdpa"]:
+        usual = _shared_heads
     made = usual(module, packed.laid_out(query), key, value, attention_mask, **kwargs)[0]
     return made.flatten(0, 1).index_select(0, packed.back)[None], None
-
-
-def _sdpa(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    return _attend(
-        _shared_heads if args[0].is_cpu else AttentionInterface._global_mapping["sdpa"], module, *args, **kwargs
-    )
 
 
 def _shared_heads(
@@ -238,13 +237,7 @@ def _shared_heads(
     return made.transpose(1, 2), None
 
 
-def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    return _attend(sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
-
-
-_NAMES = {"sdpa": "sdpa of packed rows", "eager": "eager of packed rows"}
-AttentionInterface.register(_NAMES["sdpa"], _sdpa)
-AttentionInterface.register(_NAMES["eager"], _eager)
+_NAMES = attentions("packed rows", _attend)
 
 
 def slices(texts: Sequence[Sequence[int]], at_once: int) -> Iterator[slice]:

@@ -103,18 +103,15 @@ def understood(network: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if fold is None:
         yield batch
         return
-    config = network.config.get_text_config()
-    usual = config._attn_implementation
     embeddings = network.get_input_embeddings()
     noise = getattr(embeddings, "neftune_noise_alpha", None)
     if noise is not None:
         # NEFTune's noise is the weaker the longer the row; it is to be what it is in the padded batch.
         embeddings.neftune_noise_alpha = noise * (batch["input_ids"].shape[1] / fold.width) ** 0.5
-    config._attn_implementation = _NAMES[usual]
     try:
-        yield {**batch, "fold": fold.to(network.device)}
+        with attending(network.config.get_text_config(), _NAMES):
+            yield {**batch, "fold": fold.to(network.device)}
     finally:
-        config._attn_implementation = usual
         if noise is not None:
             embeddings.neftune_noise_alpha = noise
 
@@ -180,14 +177,30 @@ def _mask(width: int, window: int | None, dtype: torch.dtype, device: torch.devi
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
-def _sdpa(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    return _attend(AttentionInterface._global_mapping["sdpa"], module, *args, **kwargs)
+def attentions(batch: str, attend: Callable[..., Any]) -> dict[str, str]:
+    """Register `attend`, which is given the usual attention first, for a kind of batch: the usual one -> its name."""
+
+    def sdpa(*args: Any, **kwargs: Any) -> Any:
+        return attend(AttentionInterface._global_mapping["sdpa"], *args, **kwargs)
+
+    def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return attend(sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+
+    names = {"sdpa": f"sdpa of {batch}", "eager": f"eager of {batch}"}
+    AttentionInterface.register(names["sdpa"], sdpa)
+    AttentionInterface.register(names["eager"], eager)
+    return names
 
 
-def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    return _attend(sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+@contextmanager
+def attending(config: Any, names: dict[str, str]) -> Iterator[None]:
+    """Within this, attention is the one that is registered for a kind of batch."""
+    usual = config._attn_implementation
+    config._attn_implementation = names[usual]
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
-_NAMES = {"sdpa": "sdpa of a folded batch", "eager": "eager of a folded batch"}
-AttentionInterface.register(_NAMES["sdpa"], _sdpa)
-AttentionInterface.register(_NAMES["eager"], _eager)
+_NAMES = attentions("a folded batch", _attend)

@@ -28,10 +28,13 @@ MOST = 0.8
 @contextmanager
 def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
     """Within this the network's last layer, in the backward pass too, serves the labels that carry loss."""
+    found = parts(network)
+    if not found:
+        yield
+        return
     asked = labels.new_zeros(labels.shape, dtype=torch.bool)
     asked[:, :-1] = labels[:, 1:] != IGNORED
-    places = asked.flatten().nonzero()[:, 0]
-    with serving(network, places, asked.numel()):
+    with cut(found, asked.flatten().nonzero()[:, 0], asked.numel()):
         yield
 
 

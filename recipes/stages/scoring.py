@@ -25,8 +25,8 @@ TOLERANCE = 1e-4
 MOST_TOKENS = 32768
 CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
-# Branches of one text read in one pass: more would leave most of the batch's columns to padding.
-_AT_ONCE = 4
+# Branches of one text read in one pass: the first may have settled what the others were for.
+_BRANCHES = 4
 # Columns of such a pass beyond what its best guesses need.
 _WIDER = 2
 # Rows of logits turned into float32 at one time, and bytes of all that one pass may leave.
@@ -139,7 +139,7 @@ def score(
         if start:
             prefix.read_texts([encoded[0][:start]])
         found: list[tuple[int, tuple[np.ndarray, int]]] = []
-        for _, batch in team.mine(list(_batches(different, codes, batch_tokens, _most_rows(model.network)))):
+        for _, batch in team.mine(list(_batches(different, walk.room, batch_tokens, _most_rows(model.network, codes)))):
             context = Context(model.network, len(batch), len(batch[0][0]) + walk.room)
             context.begin_with(prefix)
             logits = context.read_texts([text[start:] for text, _ in batch])
@@ -163,10 +163,11 @@ def affordable_tokens(network: Any, most: int = MOST_TOKENS) -> int:
     return max(1024, min(most, CACHE_BYTES // per_token))
 
 
-def _most_rows(network: Any) -> int:
-    """Whose guesses' logits can be held at one time."""
-    config = network.config.get_text_config()
-    return max(1, _LOGITS_BYTES // (2 * _AT_ONCE * config.vocab_size * network.dtype.itemsize))
+def _most_rows(network: Any, codes: Codes) -> int:
+    """Whose guesses' logits can be held at one time, be each as wide as a pass may be."""
+    width = _WIDER + max(map(len, codes.answers))
+    vocabulary = network.config.get_text_config().vocab_size
+    return max(1, _LOGITS_BYTES // (width * vocabulary * network.dtype.itemsize))
 
 
 def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
@@ -176,11 +177,11 @@ def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, encoded)) - 1)
 
 
-def _batches(different: list[Any], codes: Codes, batch_tokens: int, most_rows: int) -> Iterator[list[Any]]:
+def _batches(different: list[Any], room: int, batch_tokens: int, most_rows: int) -> Iterator[list[Any]]:
     """Like lengths together, as many rows as batch_tokens holds."""
     at = 0
     while at < len(different):
-        rows = max(1, min(most_rows, batch_tokens // (len(different[at][0]) + len(codes.alphabet))))
+        rows = max(1, min(most_rows, batch_tokens // (len(different[at][0]) + room)))
         yield different[at : at + rows]
         at += rows
 
@@ -275,7 +276,7 @@ class _Walk:
         left = sum(np.exp(-bound) for bound, *_ in state.open)
         # With all that is open counted as found, this much may stay open; if that asks for nothing, without it.
         for enough in (self.tolerance * (closed + left), self.tolerance * closed):
-            while state.open and len(some) < _AT_ONCE and left >= enough:
+            while state.open and len(some) < _BRANCHES and left >= enough:
                 some.append(heapq.heappop(state.open))
                 left -= np.exp(-some[-1][0])
             if some:
