@@ -195,7 +195,7 @@ def trained(file: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
-    "train": partial(trained, "train.json"),
+    "train": partial(trained, "train.json"), "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 
