@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,16 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     drawn = compared(rows, ("trl", "unsloth"), dropout=True)
     assert drawn["arms"]["trl"]["same_training"] is None
     assert "| 0.1% apart |" in table(drawn)
+
+
+def test_dropout_is_the_recipe_s_own_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its small models' settings go without, and would be no measurement of it."""
+    from bench import train
+
+    monkeypatch.setattr(train, "one", lambda case, *_: {"flags": case.flags})
+    for dropout, expected in ((False, "0"), (True, "0.05")):
+        flags = train.measured(train.Train(dropout=dropout), "gemma3_12b_opercode", "ours", 0, tmp_path)["flags"]
+        assert flags[flags.index("--lora-dropout") + 1] == expected
 
 
 def test_without_ours_there_is_nothing_to_compare() -> None:

@@ -114,6 +114,20 @@ def test_a_variant_of_lora_is_left_alone() -> None:
     assert "forward" not in vars(layer)
 
 
+def test_where_dropout_leaves_nothing_peft_is_asked() -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    base = torch.nn.Linear(4, 3)
+    how = LoraConfig(r=2, lora_dropout=1.0, init_lora_weights=False)
+    layer = Linear(base, "default", how, r=2, lora_alpha=2)
+    passes.teach(layer)
+    assert "forward" in vars(layer)
+    x = torch.randn(5, 4)
+    assert layer.train()(x).equal(base(x))
+    assert not layer.eval()(x).equal(base(x))
+
+
 def test_no_last_layer_is_cut_under_unsloth_nor_of_a_family_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig, LlamaModel
 
