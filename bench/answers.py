@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
         run = args.run or trained(args, recipe, Path(folder) / "run")
         opened, chosen, choice, max_length = loading.open_run(recipe, run, args.backend)
         with held_back(Path(folder) / "libraries.log"):
-            model = loading.load_trained(recipe, opened, chosen, choice, max_length)
+            model = loading.load_to_answer(recipe, opened, chosen, choice, max_length)
             found = measure(args, recipe, model, opened, max_length)
     ratio = paired_ratio(found["seconds_each"]["loop"], found["seconds_each"]["ours"])
     summary: dict[str, Any] = {

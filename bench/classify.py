@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
         run = Run(args.run) if args.run else trained(args, Path(folder))
         opened, chosen, choice, max_length = loading.open_run(RECIPE, run.path, args.backend)
         with held_back(Path(folder) / "libraries.log"):
-            model = loading.load_trained(RECIPE, opened, chosen, choice, max_length)
+            model = loading.load_to_answer(RECIPE, opened, chosen, choice, max_length)
             found = measure(args, model, opened, max_length)
     medians = {name: median(rates) for name, rates in found["payments_per_second"].items()}
     rounds = list(zip(*found["payments_per_second"].values(), strict=True))

@@ -135,7 +135,7 @@ def worker(path: Path, source: Path, target: Path) -> None:
     began = time.perf_counter()
     run, chosen, choice, max_length = loading.open_run(RECIPE, path)
     with held_back(run.logs / "libraries.log"):
-        model = loading.load_trained(RECIPE, run, chosen, choice, max_length)
+        model = loading.load_to_answer(RECIPE, run, chosen, choice, max_length)
         names, answer = predict.answerer(RECIPE, run, model, Scoring(), max_length)
         # All are there before the clock starts.
         processes.gathered(None)

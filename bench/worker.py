@@ -143,7 +143,7 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
         torch.cuda.empty_cache()
     with held_back(run.logs / "libraries.log"):
         began = time.perf_counter()
-        model = loading.load_trained(recipe, run, chosen, choice, settings.max_length)
+        model = loading.load_to_answer(recipe, run, chosen, choice, settings.max_length)
         found: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
         if choice.device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -10,15 +10,19 @@ library divides the parameters among processes, and has to be asked before one o
 """
 
 import os
+from contextlib import suppress
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import numpy
+import psutil
 import torch
 from torch.nn import functional
 
 _KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
 """Whose norms are known. Other families have some that are called alike and are others."""
+CONTAINER = Path("/sys/fs/cgroup")
 # With 16 bits there is no leaving out more.
 _MOST_DROPPED = 1 - 2**-16
 
@@ -64,6 +68,42 @@ def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     if not torch.is_grad_enabled():
         return _with_lora(x, kept, self.base_layer, down, up, scaling / (1 - share))[0]
     return _WithLora.apply(x, kept, self.base_layer, down, up, scaling / (1 - share))
+
+
+def put_together(network: Any) -> str | None:
+    """For answering, in float32: each layer's weights and LoRA as the one matrix that they amount to. Unpacking 4 bits
+    takes as long for one token as for a thousand, and an answer goes through a layer once for each of its tokens.
+    Returns why not."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    wanted = sum(4 * layer.in_features * layer.out_features for layer in layers)
+    free = free_memory()
+    if wanted > free // 2:
+        return f"they would take {wanted / 2**30:.1f} GiB, which is more than half of the {free / 2**30:.1f} GiB free"
+    with torch.no_grad():
+        for layer in layers:
+            (name,) = layer.lora_A
+            weight = frozen_weight(layer.get_base_layer(), torch.float32)
+            down, up = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
+            layer.whole = torch.addmm(weight, up, down, alpha=layer.scaling[name])
+            layer.forward = MethodType(whole_forward, layer)
+    return None
+
+
+def free_memory() -> int:
+    """Bytes of this process's share; where a container has a limit, under that."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        most, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, most - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def whole_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if self.active_adapters != list(self.lora_A) or self.disable_adapters or self.merged or args or kwargs:
+        return lora_forward(self, x, *args, **kwargs)
+    return functional.linear(x, self.whole, self.get_base_layer().bias)
 
 
 def kept_by_dropout(x: torch.Tensor, share: float) -> torch.Tensor:

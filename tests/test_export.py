@@ -22,6 +22,7 @@ from conftest import RECIPES, ROOT, recipe
 from safetensors.torch import load_file
 from test_disk import on_a_disk
 
+from fallback import passes
 from fallback.choose import choose
 from recipes.stages import export, gguf_file, modelfile
 from recipes.stages.base_model import ensure_files, settle
@@ -296,6 +297,9 @@ def test_a_merged_classifier_scores_as_the_adapter_does(payments: Path, folder: 
         assert [p for _, p in one] == pytest.approx([p for _, p in other], abs=1e-4)
         assert len({round(p, 3) for _, p in one}) > 3
         assert adapter._loaded[1] == model._loaded[1]
+        layers = [m for m in adapter._loaded[0].network.modules() if hasattr(m, "lora_A")]
+        assert len(layers) > 1
+        assert all(m.forward.__func__ is passes.whole_forward for m in layers)
     assert model._loaded[1].temperature != 1.0
     assert set(moved.iterdir()) == before
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from conftest import found_under, ready_to_compare, recipe
@@ -81,6 +83,42 @@ def test_every_layer_is_taught(found: dict[str, Any]) -> None:
     assert found["lora_layers"] == sum(n for name, n in told.items() if name.endswith("passes.lora_forward"))
     if "NeoX" not in found["class"]:
         assert found["norms"] == sum(n for name, n in told.items() if name.endswith("passes.norm_forward"))
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_whole_matrices_answer_as_layers_and_lora_do(found: dict[str, Any], quantization: str) -> None:
+    here = found[f"whole {quantization}"]
+    assert here["why_not"] is None
+    assert here["layers"] == found["lora_layers"]
+    assert 0 < here["apart"] < 1e-5 < here["of_training"]
+    # Where the adapter is turned off, nothing of it is left.
+    assert here["base_apart"] == 0
+
+
+@pytest.mark.parametrize("limit", ["machine", "container", "processes"])
+def test_no_whole_matrices_without_memory_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str) -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    layer = Linear(torch.nn.Linear(64, 64), "default", LoraConfig(r=2), r=2, lora_alpha=2)
+    passes.teach(layer)
+    free = psutil.virtual_memory()._replace(available=4 * 64 * 64 * 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    if limit == "machine":
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=free.available - 1))
+    if limit == "container":
+        for name, told in (("memory.max", 50_000), ("memory.current", 20_000)):
+            (tmp_path / name).write_text(f"{told}\n", encoding="utf-8")
+        monkeypatch.setattr(passes, "CONTAINER", tmp_path)
+    if limit == "processes":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    why_not = passes.put_together(layer)
+    assert why_not
+    assert "GiB free" in why_not
+    assert layer.forward.__func__ is passes.lora_forward
+    monkeypatch.undo()
+    assert passes.put_together(layer) is None
+    assert layer.forward.__func__ is passes.whole_forward
 
 
 def test_the_last_layer_is_left_as_it_was(found: dict[str, Any]) -> None:
@@ -178,6 +216,8 @@ def compared(name: str) -> dict[str, Any]:
             result[f"{quantization} float32 {way}"] = {
                 "passes": apart(ours, theirs), "last layer": apart((cut, _), theirs)
             }  # fmt: skip
+        result[f"whole {quantization}"] = whole(network, batch)
+        network, batch = ready(name, quantization, "float32")
     result |= told(network, batch)
     network, batch = ready(name, "none", "float32", dropout=0.2)
     still = taken(network.eval(), batch)
@@ -197,6 +237,30 @@ def compared(name: str) -> dict[str, Any]:
         best = taken(exact, batch)
     result["bfloat16"] = {"passes": distance(ours, best), "original": distance(theirs, best)}
     return result
+
+
+def whole(network: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    given = {name: value for name, value in batch.items() if name != "labels"}
+
+    def answers() -> torch.Tensor:
+        with torch.inference_mode():
+            return network(**given, use_cache=False).logits
+
+    def base() -> torch.Tensor:
+        with network.disable_adapter():
+            return answers()
+
+    network.eval()
+    usual, untrained = answers(), base()
+    why_not = passes.put_together(network)
+    size = usual.std()
+    return {
+        "why_not": why_not,
+        "layers": sum(getattr(m.forward, "__func__", None) is passes.whole_forward for m in network.modules()),
+        "apart": ((answers() - usual).abs().max() / size).item(),
+        "of_training": ((usual - untrained).abs().max() / size).item(),
+        "base_apart": (base() - untrained).abs().max().item(),
+    }
 
 
 def checkpointed(network: Any) -> None:

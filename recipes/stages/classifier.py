@@ -154,5 +154,5 @@ class Classifier:
                 return self._loaded
             run, chosen, choice, max_length = loading.open_run(self.recipe, path, self.backend)
             with held_back(run.logs / "libraries.log"):
-                self.use(loading.load_trained(self.recipe, run, chosen, choice, max_length), run, max_length)
+                self.use(loading.load_to_answer(self.recipe, run, chosen, choice, max_length), run, max_length)
         return self._loaded

@@ -247,7 +247,7 @@ def everything(recipe: Recipe, given: list[str]) -> None:
     with starting_over(recipe, given):
         run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
     with held_back(run.logs / "libraries.log"):
-        model = loading.load_trained(recipe, run, chosen, choice, settings.max_length)
+        model = loading.load_to_answer(recipe, run, chosen, choice, settings.max_length)
         results = evaluate.evaluate(recipe, run, model, answering(recipe), settings.max_length)
         say(f"test split, {chosen.description}:")
         evaluate.tell(results)
@@ -300,7 +300,7 @@ def evaluate_command(recipe: Recipe, given: list[str]) -> None:
         raise UserError(f"evaluate: {recipe.name} has no fixed questions; leave --cases away")
     run, chosen, choice, max_length = loading.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
-        model = loading.load_trained(recipe, run, chosen, choice, max_length)
+        model = loading.load_to_answer(recipe, run, chosen, choice, max_length)
         if args.cases:
             evaluate.cases(recipe, run, model, args.answering, max_length)
             return
@@ -325,7 +325,7 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
     questions = predict.texts(args.text) if args.file is None and not args.speed else ()
     run, chosen, choice, max_length = loading.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
-        model = loading.load_trained(recipe, run, chosen, choice, max_length)
+        model = loading.load_to_answer(recipe, run, chosen, choice, max_length)
         if args.speed:
             asked = [args.text] if args.text else [example.text for example in prepare.sample_examples(recipe)[:5]]
             predict.tell_speed(recipe, model, asked, args.answering, max_length)
@@ -484,5 +484,5 @@ def chat_command(recipe: Recipe, given: list[str]) -> None:
     args = parse(recipe, "chat", kind, given, Chat(recipe.sampling, recipe.recall))
     run, chosen, choice, max_length = loading.open_run(recipe, args.trained.run, args.trained.backend)
     with held_back(run.logs / "libraries.log"):
-        model = loading.load_trained(recipe, run, chosen, choice, max_length)
+        model = loading.load_to_answer(recipe, run, chosen, choice, max_length)
         chat.chat(recipe, run, model, args.sampling, max_length, args.recall)

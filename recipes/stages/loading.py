@@ -100,6 +100,17 @@ def start_lora(network: Any, settings: Settings) -> None:
             weight.copy_(start)
 
 
+def load_to_answer(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_length: int) -> Model:
+    """`load_trained`, for whoever asks for answers and does not look into layers."""
+    from fallback import passes
+
+    model = load_trained(recipe, run, chosen, choice, max_length)
+    fitting = choice.backend == "peft" and choice.dtype == "float32" and passes.fitting(choice.device)
+    if fitting and (why_not := passes.put_together(model.network)):
+        print(f"no whole matrices, which answer faster: {why_not}", file=sys.stderr)
+    return model
+
+
 def load_trained(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max_length: int) -> Model:
     """The base model with the run's adapter, ready to answer."""
     backend = choice.module()
