@@ -1,16 +1,20 @@
 """Answers: stopped whole, streamed whole, the same alone and in a batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import recipe
+from conftest import RECIPES, recipe
 
 from fallback.choose import choose
-from recipes.stages.base_model import settle
-from recipes.stages.generation import Pieces, StopAt, batches, before_stop, end_ids, generate, stream
+from recipes.stages.base_model import model_type, settle
+from recipes.stages.contexts import beginning
+from recipes.stages.decoding import _chooser, decode
+from recipes.stages.generation import Pieces, StopAt, _by_library, batches, before_stop, end_ids, generate, stream
 from recipes.stages.loading import Model, load_for_training
+from recipes.stages.prepare import sample_examples
 from recipes.stages.recipe import Message, Sampling
 
 STOP = "(답변 종료)"
@@ -76,6 +80,70 @@ def test_a_batch_answers_as_each_question_alone(model: Model) -> None:
     together = generate(model, prompts, greedy, (STOP,))
     alone = [generate(model, [prompt], greedy, (STOP,))[0] for prompt in prompts]
     assert together == alone
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not recipe(name).closed])
+def test_tokens_are_those_of_generate_though_rows_leave_when_they_are_done(name: str) -> None:
+    """Every third token ends an answer, so that they end one after the other."""
+    chosen = settle(recipe(name), "tiny")
+    settings = replace(recipe(name).settings, quantization="none")
+    choice = choose(model_type(recipe(name), chosen), "peft", "none", attention=settings.attention, dtype="float32")
+    model = load_for_training(recipe(name), chosen, settings, choice)
+    model.network.eval()
+    asked = [example.prompt for example in sample_examples(recipe(name))[:9]]
+    prompts = sorted((model.renderer.prompt(messages) for messages in asked), key=len, reverse=True)
+    greedy = Sampling(max_new_tokens=24, batch_size=9)
+    whole = _by_library(model, prompts, greedy, (), None, endless=True)
+    # The tiny model's eager attention and its sliding window are in it.
+    assert len(prompts[0]) > len(prompts[-1])
+    ends = [next((i for i, token in enumerate(row) if token % 3 == 0 and i > 2), 23) + 1 for row in whole]
+    assert len(set(ends)) > 2
+    rows: list[int] = []
+    found = decode(
+        model.network, prompts, greedy, lambda answer: len(answer) > 3 and answer[-1] % 3 == 0,
+        beginning(model.network, prompts), lambda tokens: rows.append(len(tokens)),
+    )  # fmt: skip
+    assert found == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    assert len(rows) == max(ends)
+    assert rows[0] == 9 > rows[-1]
+
+
+def test_what_all_questions_begin_with_is_read_once(model: Model) -> None:
+    prompts = [(Message("user", f"오늘 하루는 어땠는지 이야기해 줘 {n}"),) for n in range(4)]
+    lengths = [len(model.renderer.prompt(prompt)) for prompt in prompts]
+    seen: list[int] = []
+    embeddings = model.network.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
+    generate(model, prompts, Sampling(max_new_tokens=1), ())
+    hook.remove()
+    shared, own = seen
+    assert shared > 5
+    assert own == sum(lengths) - 4 * shared
+
+
+def test_tokens_are_drawn_as_temperature_and_top_p_say() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).repeat(4000, 1)
+    torch.manual_seed(0)
+    drawn = torch.tensor(_chooser(Sampling(temperature=2.0, top_p=0.9))(logits))
+    expected = (logits[0, :3] / 2).softmax(-1)
+    assert torch.stack([(drawn == token).float().mean() for token in range(3)]) == pytest.approx(expected, abs=0.03)
+    assert (drawn != 3).all()
+    assert set(_chooser(Sampling(temperature=1.0, top_p=0.5))(logits)) == {0}
+    assert set(_chooser(Sampling(temperature=0.0))(logits)) == {0}
+
+
+def test_where_attention_cannot_be_told_generate_answers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [(Message("user", text),) for text in ("안녕", "오늘 날씨 어때?")]
+    sampling = Sampling(max_new_tokens=8)
+    ours = generate(model, prompts, sampling, (STOP,))
+    other = replace(model, choice=replace(model.choice, attention="flash_attention_2"))
+    asked: list[int] = []
+    library = model.network.generate
+    monkeypatch.setattr(model.network, "generate", lambda **how: asked.append(len(how["input_ids"])) or library(**how))
+    assert generate(model, prompts, sampling, (STOP,)) == ours
+    assert asked == []
+    assert generate(other, prompts, sampling, (STOP,)) == ours
+    assert asked == [2]
 
 
 def test_batches_hold_as_many_tokens_as_there_may_be() -> None:

@@ -206,7 +206,7 @@ def check(name: str, backend: str) -> dict[str, Any]:
     # So that so few texts take several passes, some of them of more than one length.
     contexts.PLACES_AT_ONCE["cpu"] = 250
     lengths = sorted(map(len, encoded), reverse=True)
-    start = scoring._shared_start(encoded)
+    start = contexts.shared_start(encoded)
     own = [[0] * (length - start) for length in lengths]
     pieces = [len({len(text) for text in own[rows]}) for rows in contexts.slices(own, contexts.PLACES_AT_ONCE["cpu"])]
     try:

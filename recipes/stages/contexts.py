@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,26 @@ class Context:
         return mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
 
 
+def beginning(network: Any, texts: Sequence[Sequence[int]]) -> Context:
+    """One row, which has read what all texts begin with."""
+    start = shared_start(texts)
+    context = Context(network, 1, start)
+    if start:
+        with torch.inference_mode():
+            context.read_texts([texts[0][:start]])
+    return context
+
+
+def shared_start(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with; one is left to each, whose logits are the first to be wanted. A text alone
+    shares nothing."""
+    first, last = min(map(tuple, texts)), max(map(tuple, texts))
+    if first == last:
+        return 0
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
+    return min(shared, min(map(len, texts)) - 1)
+
+
 class _Room(DynamicLayer):
     """Keys and values of one layer, with room for what comes: appending does not copy what is there."""
 
@@ -182,7 +203,10 @@ class _Room(DynamicLayer):
         return self.context.positions.shape[1]
 
     def take(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        columns = self.context.positions.shape[1]
+        for held in (self.keys, self.values):
+            held[: len(rows), :, :columns] = held[:, :, :columns].index_select(0, rows)
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
 
 @dataclass(frozen=True)
@@ -190,20 +214,29 @@ class Packed:
     """Where tokens that follow each other without padding stand in their rows."""
 
     rows: int
-    spread: torch.Tensor
-    """For each place of the rows, its token; padding repeats the one before it."""
-    back: torch.Tensor
+    spread: torch.Tensor | None
+    """For each place of the rows, its token; padding repeats the one before it. None: there is no padding."""
+    back: torch.Tensor | None
     """For each token, its place."""
 
     @classmethod
     def of(cls, real: np.ndarray, device: Any) -> "Packed":
         flat = real.ravel()
+        if flat.all():
+            return cls(len(real), None, None)
         spread = np.maximum(flat.cumsum() - 1, 0)
         return cls(len(real), torch.from_numpy(spread).to(device), torch.from_numpy(flat.nonzero()[0]).to(device))
 
     def laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """1 x heads x tokens x width -> rows x heads x places x width."""
-        return x[0].transpose(0, 1).index_select(0, self.spread).unflatten(0, (self.rows, -1)).transpose(1, 2)
+        tokens = x[0].transpose(0, 1)
+        places = tokens if self.spread is None else tokens.index_select(0, self.spread)
+        return places.unflatten(0, (self.rows, -1)).transpose(1, 2)
+
+    def in_one_row(self, made: torch.Tensor) -> torch.Tensor:
+        """rows x places x heads x width -> 1 x tokens x heads x width."""
+        places = made.flatten(0, 1)
+        return (places if self.back is None else places.index_select(0, self.back))[None]
 
 
 def _attend(
@@ -219,7 +252,7 @@ def _attend(
     if query.is_cpu and module.config._attn_implementation == _NAMES["sdpa"]:
         usual = _shared_heads
     made = usual(module, packed.laid_out(query), key, value, attention_mask, **kwargs)[0]
-    return made.flatten(0, 1).index_select(0, packed.back)[None], None
+    return packed.in_one_row(made), None
 
 
 def _shared_heads(

@@ -1,4 +1,8 @@
-"""Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string."""
+"""Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string.
+
+Tokens are chosen by `decoding`; where a backend's attention cannot be told what a token may look at, by transformers'
+generate().
+"""
 
 import sys
 import time
@@ -10,6 +14,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from recipes.stages.contexts import Context, beginning
+from recipes.stages.decoding import decode
+from recipes.stages.folding import obstacle
 from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Sampling
@@ -33,22 +40,33 @@ def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(found)], True) if found else (text, False)
 
 
+class StopString:
+    """Whether an answer's tokens have come to a stop string, however the tokenizer cut it."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        # A token spells at least one byte, a Hangul syllable is three.
+        self.reach = max((len(phrase.encode()) for phrase in stop), default=0) + 8
+
+    def __call__(self, answer: Sequence[int]) -> bool:
+        if not self.stop:
+            return False
+        text = self.tokenizer.decode(answer[-self.reach :], skip_special_tokens=True)
+        return before_stop(text, self.stop)[1]
+
+
 class StopAt(StoppingCriteria):
-    """Ends each row by its own text: a stop string is found however the tokenizer cut it."""
+    """Ends each row by its own text, for generate()."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int):
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-        # A token spells at least one byte, a Hangul syllable is three.
-        self.reach = max(len(phrase.encode()) for phrase in stop) + 8
+        self.stopped, self.prompt_length = StopString(tokenizer, stop), prompt_length
         self.done: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if self.done is None:
             self.done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        tails = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.reach) :]
         for row in (~self.done).nonzero().flatten().tolist():
-            text = self.tokenizer.decode(tails[row], skip_special_tokens=True)
-            self.done[row] = before_stop(text, self.stop)[1]
+            self.done[row] = self.stopped(input_ids[row, self.prompt_length :].tolist())
         return self.done
 
 
@@ -125,9 +143,12 @@ def generate(
 ) -> list[Answer]:
     """Answers in the order of the prompts. Computed in batches of like length, so that little is padding."""
     encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
+    if not encoded:
+        return []
+    prefix = None if obstacle(model.choice) else beginning(model.network, encoded)
     found: list[tuple[int, Answer]] = []
     for _, batch in team.mine(list(batches(encoded, sampling, affordable_tokens(model.network, sys.maxsize)))):
-        found += zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop), strict=True)
+        found += zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop, prefix), strict=True)
         done(len(batch))
     return team.together(found)
 
@@ -175,14 +196,10 @@ class Speed:
 def speed(model: Model, messages: Sequence[Message], sampling: Sampling, max_length: int | None = None) -> Speed:
     """How long one answer takes. No token ends it, so that as many are decoded as are counted."""
     ids = model.renderer.prompt(messages, max_length)
-    tokens = torch.tensor([ids], device=model.network.device)
 
     def seconds(new: int) -> float:
-        how = configuration(model, replace(sampling, max_new_tokens=new))
-        how.min_new_tokens = new
         began = time.perf_counter()
-        with torch.inference_mode():
-            model.network.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=how)
+        _tokens(model, [ids], replace(sampling, max_new_tokens=new), (), endless=True)
         if model.network.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -203,7 +220,7 @@ def stream(
 ) -> Answer:
     """One answer, shown while it is made."""
     streamer = Pieces(model.tokenizer, stop, emit)
-    return _answer(model, [model.renderer.prompt(messages, max_length)], sampling, stop, streamer)[0]
+    return _answer(model, [model.renderer.prompt(messages, max_length)], sampling, stop, streamer=streamer)[0]
 
 
 def _answer(
@@ -211,29 +228,66 @@ def _answer(
     prompts: list[list[int]],
     sampling: Sampling,
     stop: Sequence[str],
+    prefix: Context | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
-    tokenizer = model.tokenizer
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    device = model.network.device
-    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    criteria = StoppingCriteriaList([StopAt(tokenizer, stop, width)] if stop else [])
-    with torch.inference_mode():
-        output = model.network.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            generation_config=configuration(model, sampling),
-            stopping_criteria=criteria,
-            streamer=streamer,
-        )
     ends = set(end_ids(model))
     answers = []
-    for row in output[:, width:].tolist():
+    for row in _tokens(model, prompts, sampling, stop, prefix, streamer):
         cut = next((i for i, token in enumerate(row) if token in ends), None)
         kept = row if cut is None else row[:cut]
-        kept = [token for token in kept if token != pad]
-        text, at_stop = before_stop(tokenizer.decode(kept, skip_special_tokens=True), stop)
+        kept = [token for token in kept if token != model.tokenizer.pad_token_id]
+        text, at_stop = before_stop(model.tokenizer.decode(kept, skip_special_tokens=True), stop)
         answers.append(Answer(text.strip(), cut is not None or at_stop, len(kept)))
     return answers
+
+
+def _tokens(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: Sequence[str],
+    prefix: Context | None = None,
+    streamer: BaseStreamer | None = None,
+    endless: bool = False,
+) -> list[list[int]]:
+    """What follows each prompt; `endless` goes on to the length limit."""
+    if obstacle(model.choice):
+        return _by_library(model, prompts, sampling, stop, streamer, endless)
+    ends, stopped = set(end_ids(model)), StopString(model.tokenizer, stop)
+
+    def ended(answer: Sequence[int]) -> bool:
+        return not endless and (answer[-1] in ends or stopped(answer))
+
+    def stream_on(tokens: Sequence[int]) -> None:
+        if streamer is not None:
+            streamer.put(torch.tensor(tokens))
+
+    stream_on(prompts[0])
+    found = decode(model.network, prompts, sampling, ended, prefix or beginning(model.network, prompts), stream_on)
+    if streamer is not None:
+        streamer.end()
+    return found
+
+
+def _by_library(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: Sequence[str],
+    streamer: BaseStreamer | None,
+    endless: bool,
+) -> list[list[int]]:
+    width, pad, device = max(map(len, prompts)), model.tokenizer.pad_token_id, model.network.device
+    how = configuration(model, sampling)
+    if endless:
+        how.min_new_tokens = sampling.max_new_tokens
+    with torch.inference_mode():
+        output = model.network.generate(
+            input_ids=torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
+            generation_config=how,
+            stopping_criteria=StoppingCriteriaList([StopAt(model.tokenizer, stop, width)] if stop else []),
+            streamer=streamer,
+        )
+    return output[:, width:].tolist()

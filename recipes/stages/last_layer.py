@@ -40,7 +40,7 @@ def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
 
 def serving(network: Any, places: torch.Tensor, tokens: int) -> AbstractContextManager[None]:
     """As many places as are asked for, among so many tokens."""
-    return cut(parts(network), places, tokens)
+    return cut(parts(network) if _pays(places, tokens) else [], places, tokens)
 
 
 def parts(network: Any) -> list[Any]:
@@ -61,7 +61,7 @@ def parts_of(network: Any) -> list[Any]:
 
 @contextmanager
 def cut(found: Sequence[Any], places: torch.Tensor, tokens: int) -> Iterator[None]:
-    if not 0 < len(places) <= MOST * tokens:
+    if not _pays(places, tokens):
         yield
         return
     before = [(part, part.forward) for part in found]
@@ -76,6 +76,10 @@ def cut(found: Sequence[Any], places: torch.Tensor, tokens: int) -> Iterator[Non
                 part.forward = forward
             else:
                 del part.forward
+
+
+def _pays(places: torch.Tensor, tokens: int) -> bool:
+    return 0 < len(places) <= MOST * tokens
 
 
 def _only(forward: Callable[[torch.Tensor], torch.Tensor], places: torch.Tensor) -> Callable[..., torch.Tensor]:

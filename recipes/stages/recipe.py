@@ -123,7 +123,7 @@ class Sampling:
     """Draw from the smallest set of tokens with this probability."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Questions answered at once, at most: fewer where their keys and values would take more than 1 GiB."""
     answers: int = 1
     """Answers drawn for each question."""

@@ -8,13 +8,12 @@ not been looked at cannot matter any more. Nothing is sampled and nothing is par
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 
-from recipes.stages.contexts import Context
+from recipes.stages.contexts import Context, beginning
 from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, UserError
@@ -134,10 +133,8 @@ def score(
     walk = _Walk(codes, tolerance)
     batch_tokens = batch_tokens or affordable_tokens(model.network)
     with torch.inference_mode():
-        start = _shared_start(encoded)
-        prefix = Context(model.network, 1, start)
-        if start:
-            prefix.read_texts([encoded[0][:start]])
+        prefix = beginning(model.network, encoded)
+        start = prefix.positions.shape[1]
         found: list[tuple[int, tuple[np.ndarray, int]]] = []
         for _, batch in team.mine(list(_batches(different, walk.room, batch_tokens, _most_rows(model.network, codes)))):
             context = Context(model.network, len(batch), len(batch[0][0]) + walk.room)
@@ -168,13 +165,6 @@ def _most_rows(network: Any, codes: Codes) -> int:
     width = _WIDER + max(map(len, codes.answers))
     vocabulary = network.config.get_text_config().vocab_size
     return max(1, _LOGITS_BYTES // (width * vocabulary * network.dtype.itemsize))
-
-
-def _shared_start(encoded: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; one is left to each, whose logits start the walk."""
-    first, last = min(map(tuple, encoded)), max(map(tuple, encoded))
-    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
-    return min(shared, min(map(len, encoded)) - 1)
 
 
 def _batches(different: list[Any], room: int, batch_tokens: int, most_rows: int) -> Iterator[list[Any]]:
