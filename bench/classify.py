@@ -1,6 +1,6 @@
 """How fast payments are classified, four ways, taking turns in one process over the same texts.
 
-(a) one at a time with generate() and a regular expression, as most scripts do it; (b) generate() in batches;
+(a) one at a time with generate() and a regular expression, as most scripts do it; (b) the same in batches;
 (c) the probability of every code, over the tree of codes: what predict does; (d) the bound: one forward over the
 texts' own tokens and nothing else.
 """
@@ -120,8 +120,8 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     import torch
 
     from recipes.stages.contexts import Context
-    from recipes.stages.generation import generate
-    from recipes.stages.scoring import Codes, score
+    from recipes.stages.generation import batches, by_library
+    from recipes.stages.scoring import Codes, affordable_tokens, score
 
     codes = Codes(model.renderer, Known.of(run).train_rows)
     texts = [text for text, _ in known_payments(args)[: args.texts]]
@@ -133,19 +133,26 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     valid: dict[str, float] = {}
     expansions: list[int] = []
 
+    def generated(some: Sequence[Any]) -> list[str]:
+        encoded = [model.renderer.prompt(prompt, max_length) for prompt in some]
+        answers = [""] * len(some)
+        for batch in batches(encoded, RECIPE.sampling, affordable_tokens(model.network)):
+            made = by_library(model, [encoded[i] for i in batch], RECIPE.sampling, RECIPE.stop)
+            for i, tokens in zip(batch, made, strict=True):
+                answers[i] = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return answers
+
+    def share_valid(answers: Sequence[str]) -> float:
+        found = [re.search(r"\d{4,6}", answer) for answer in answers]
+        return sum(code is not None and code.group() in names for code in found) / len(found)
+
     def one_at_a_time() -> int:
         some = prompts[:: max(1, len(prompts) // max(1, args.texts // 8))]
-        found = []
-        for prompt in some:
-            answer = generate(model, [prompt], RECIPE.sampling, RECIPE.stop, max_length)[0].text
-            code = re.search(r"\d{4,6}", answer)
-            found.append(code.group() if code else "")
-        valid["one_at_a_time"] = sum(code in names for code in found) / len(found)
+        valid["one_at_a_time"] = share_valid([generated([prompt])[0] for prompt in some])
         return len(some)
 
     def batched() -> int:
-        answers = generate(model, prompts, RECIPE.sampling, RECIPE.stop, max_length)
-        valid["batched"] = sum(answer.text in names for answer in answers) / len(answers)
+        valid["batched"] = share_valid(generated(prompts))
         return len(prompts)
 
     def tree() -> int:

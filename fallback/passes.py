@@ -22,7 +22,7 @@ from torch.nn import functional
 
 _KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
 """Whose norms are known. Other families have some that are called alike and are others."""
-CONTAINER = Path("/sys/fs/cgroup")
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # With 16 bits there is no leaving out more.
 _MOST_DROPPED = 1 - 2**-16
 
@@ -73,14 +73,14 @@ def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
 def put_together(network: Any) -> str | None:
     """For answering, in float32: each layer's weights and LoRA as the one matrix that they amount to. Unpacking 4 bits
     takes as long for one token as for a thousand, and an answer goes through a layer once for each of its tokens.
-    Returns why not."""
+    Returns why not. That follows from the machine, not from the moment: an interrupted file goes on with the same
+    digits, and so do several processes."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in network.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
-    wanted = sum(4 * layer.in_features * layer.out_features for layer in layers)
-    free = free_memory()
-    if wanted > free // 2:
-        return f"they would take {wanted / 2**30:.1f} GiB, which is more than half of the {free / 2**30:.1f} GiB free"
+    wanted, memory = sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
+    if wanted > memory // 4:
+        return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"
     with torch.no_grad():
         for layer in layers:
             (name,) = layer.lora_A
@@ -91,13 +91,19 @@ def put_together(network: Any) -> str | None:
     return None
 
 
-def free_memory() -> int:
-    """Bytes of this process's share; where a container has a limit, under that."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):
-        most, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, most - used)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def memory_bytes() -> int:
+    """Of the machine, or what a container or batch system allows."""
+    found = [psutil.virtual_memory().total]
+    with suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kinds, place = line.split(":", 2)
+            folder, name = ("memory", "memory.limit_in_bytes") if kinds == "memory" else ("", "memory.max")
+            if kinds in ("", "memory"):
+                # Inside a container the place may be told as it is called outside, and is the root here.
+                for group in (CGROUPS / folder / place.strip("/"), CGROUPS / folder):
+                    with suppress(OSError, ValueError):
+                        found.append(int((group / name).read_text(encoding="utf-8")))
+    return min(found)
 
 
 def whole_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

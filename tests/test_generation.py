@@ -12,10 +12,10 @@ from fallback.choose import choose
 from recipes.stages.base_model import model_type, settle
 from recipes.stages.contexts import beginning
 from recipes.stages.decoding import _chooser, decode
-from recipes.stages.generation import Pieces, StopAt, _by_library, batches, before_stop, end_ids, generate, stream
+from recipes.stages.generation import Pieces, StopAt, batches, before_stop, by_library, end_ids, generate, stream
 from recipes.stages.loading import Model, load_for_training
 from recipes.stages.prepare import sample_examples
-from recipes.stages.recipe import Message, Sampling
+from recipes.stages.recipe import Message, Sampling, UserError
 
 STOP = "(답변 종료)"
 
@@ -93,7 +93,7 @@ def test_tokens_are_those_of_generate_though_rows_leave_when_they_are_done(name:
     asked = [example.prompt for example in sample_examples(recipe(name))[:9]]
     prompts = sorted((model.renderer.prompt(messages) for messages in asked), key=len, reverse=True)
     greedy = Sampling(max_new_tokens=24, batch_size=9)
-    whole = _by_library(model, prompts, greedy, (), None, endless=True)
+    whole = by_library(model, prompts, greedy, (), endless=True)
     # The tiny model's eager attention and its sliding window are in it.
     assert len(prompts[0]) > len(prompts[-1])
     ends = [next((i for i, token in enumerate(row) if token % 3 == 0 and i > 2), 23) + 1 for row in whole]
@@ -132,18 +132,44 @@ def test_tokens_are_drawn_as_temperature_and_top_p_say() -> None:
     assert set(_chooser(Sampling(temperature=0.0))(logits)) == {0}
 
 
-def test_where_attention_cannot_be_told_generate_answers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_attention_is_not_transformers_own_generate_answers(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [(Message("user", text),) for text in ("안녕", "오늘 날씨 어때?")]
     sampling = Sampling(max_new_tokens=8)
-    ours = generate(model, prompts, sampling, (STOP,))
-    other = replace(model, choice=replace(model.choice, attention="flash_attention_2"))
     asked: list[int] = []
     library = model.network.generate
     monkeypatch.setattr(model.network, "generate", lambda **how: asked.append(len(how["input_ids"])) or library(**how))
-    assert generate(model, prompts, sampling, (STOP,)) == ours
+    ours = generate(model, prompts, sampling, (STOP,))
     assert asked == []
-    assert generate(other, prompts, sampling, (STOP,)) == ours
+    monkeypatch.setattr(type(model.network.get_base_model()), "_supports_attention_backend", False)
+    assert generate(model, prompts, sampling, (STOP,)) == ours
     assert asked == [2]
+
+
+def test_the_base_models_own_way_of_drawing_is_not_mixed_in(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, how = [model.renderer.prompt((Message("user", "안녕"),))], Sampling(max_new_tokens=12)
+    usual = by_library(model, prompts, how, (), endless=True)
+    monkeypatch.setattr(model.network.generation_config, "repetition_penalty", 100.0)
+    monkeypatch.setattr(model.network.generation_config, "no_repeat_ngram_size", 1)
+    assert len(set(usual[0])) < len(usual[0]), "nothing that a penalty would change"
+    assert by_library(model, prompts, how, (), endless=True) == usual
+
+
+def test_one_prompt_asked_several_times_is_read_once(model: Model) -> None:
+    prompt = (Message("user", "안녕"),)
+    seen: list[int] = []
+    embeddings = model.network.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
+    generate(model, [prompt] * 4, Sampling(max_new_tokens=1), ())
+    hook.remove()
+    assert seen == [len(model.renderer.prompt(prompt)) - 1, 4]
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size", "answers"])
+def test_nothing_is_no_length_of_an_answer(name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0: one at least"):
+        Sampling(**{name: 0})
 
 
 def test_batches_hold_as_many_tokens_as_there_may_be() -> None:

@@ -92,7 +92,7 @@ def test_codes_are_scored_alike_alone_and_side_by_side(folder: Folder) -> None:
 
 
 def test_free_text_is_answered_alike_alone_and_side_by_side(folder: Folder) -> None:
-    """Greedily: side by side shorter questions are padded on the left, alone nothing is."""
+    """Greedily: side by side what all begin with is read once, and who is done leaves the others."""
     short = ("--temperature", "0", "--max-new-tokens", "12")
     together, measured = folder.evaluated(CIVIL, *short, "--batch-size", "8")
     alone, again = folder.evaluated(CIVIL, *short, "--batch-size", "1")

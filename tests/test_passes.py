@@ -95,28 +95,35 @@ def test_whole_matrices_answer_as_layers_and_lora_do(found: dict[str, Any], quan
     assert here["base_apart"] == 0
 
 
-@pytest.mark.parametrize("limit", ["machine", "container", "processes"])
+@pytest.mark.parametrize("limit", ["machine", "container", "batch system", "old container"])
 def test_no_whole_matrices_without_memory_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str) -> None:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
     layer = Linear(torch.nn.Linear(64, 64), "default", LoraConfig(r=2), r=2, lora_alpha=2)
     passes.teach(layer)
-    free = psutil.virtual_memory()._replace(available=4 * 64 * 64 * 2)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    if limit == "machine":
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=free.available - 1))
-    if limit == "container":
-        for name, told in (("memory.max", 50_000), ("memory.current", 20_000)):
-            (tmp_path / name).write_text(f"{told}\n", encoding="utf-8")
-        monkeypatch.setattr(passes, "CONTAINER", tmp_path)
-    if limit == "processes":
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    needed = 4 * 64 * 64 * 4
+    total, place, file = {
+        "machine": (needed - 1, "0::/", "memory.max"),
+        "container": (2**40, "0::/docker/on/the/host", "memory.max"),
+        "batch system": (2**40, "0::/slurm/job_1", "slurm/job_1/memory.max"),
+        "old container": (2**40, "4:memory:/docker/on/the/host", "memory/memory.limit_in_bytes"),
+    }[limit]
+    machine = psutil.virtual_memory()._replace(total=total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(passes, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(passes, "CGROUPS", tmp_path / "groups")
+    told, at = tmp_path / "proc/self/cgroup", tmp_path / "groups" / file
+    for path in (told, at):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(f"7:cpu,cpuacct:/elsewhere\n{place}\n", encoding="utf-8")
+    at.write_text("max\n" if limit == "machine" else f"{needed - 1}\n", encoding="utf-8")
     why_not = passes.put_together(layer)
     assert why_not
-    assert "GiB free" in why_not
+    assert "more than a quarter of" in why_not
     assert layer.forward.__func__ is passes.lora_forward
-    monkeypatch.undo()
+    at.write_text(f"{needed}\n", encoding="utf-8")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(total=2**40))
     assert passes.put_together(layer) is None
     assert layer.forward.__func__ is passes.whole_forward
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from recipes.stages import processes
 
 _own_stdout: Any = None
+_own_stderr: Any = None
 
 
 def _stdout() -> Any:
@@ -49,6 +50,12 @@ def write(text: str) -> None:
 
 def say(text: str = "") -> None:
     write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Beside what was asked for: to the standard error this process began with."""
+    if not processes.rank():
+        print(text, file=_own_stderr or sys.stderr, flush=True)
 
 
 def typed() -> Any:
@@ -80,7 +87,7 @@ def first_alone() -> Iterator[None]:
 @contextmanager
 def held_back(log: Path) -> Iterator[None]:
     """Send whatever anybody but us prints to a log file, on the level of file descriptors: some of it is C++."""
-    global _own_stdout
+    global _own_stdout, _own_stderr
     if _own_stdout is not None:
         yield
         return
@@ -93,15 +100,16 @@ def held_back(log: Path) -> Iterator[None]:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    _own_stdout = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
+    _own_stdout, _own_stderr = (os.fdopen(os.dup(k), "w", encoding="utf-8", errors="replace") for k in kept)
     try:
         with warnings.catch_warnings():
             yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        _own_stdout.close()
-        _own_stdout = None
+        for own in (_own_stdout, _own_stderr):
+            own.close()
+        _own_stdout = _own_stderr = None
         for descriptor, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)

@@ -35,7 +35,7 @@ class Context:
         self.network, self.capacity = network, capacity
         self.config = network.config.get_text_config()
         self.kinds = _kinds(self.config)
-        self.window = self.config.sliding_window if self.kinds else None
+        self.window = getattr(self.config, "sliding_window", None)
         self.positions = np.full((rows, 0), -1)
         self.now = slice(0, rows)
         """Rows of the pass that is going on."""
@@ -104,7 +104,8 @@ class Context:
         masks = {"full_attention": allowed}
         if self.window is not None:
             every = np.concatenate([self.positions[rows], positions], axis=1)
-            masks["sliding_attention"] = allowed & (positions[:, :, None] - every[:, None, :] < self.window)
+            near = allowed & (positions[:, :, None] - every[:, None, :] < self.window)
+            masks["sliding_attention" if self.kinds else "full_attention"] = near
         device = self.network.device
         ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
         packed: dict[str, Any] = {}
@@ -112,11 +113,11 @@ class Context:
             packed = {"packed": Packed.of(real, device)}
             tokens, positions, wanted = (x[real][None] for x in (tokens, positions, wanted))
         chosen = torch.from_numpy(wanted).to(device)
+        places = chosen.flatten().nonzero()[:, 0]
         # A row of logits is as long as the vocabulary: of a quarter million numbers, where only few are looked at.
         hook = self.network.get_output_embeddings().register_forward_pre_hook(
             lambda head, inputs: (inputs[0][chosen][None],)
         )
-        places = chosen.flatten().nonzero()[:, 0]
         try:
             with last_layer.serving(self.network, places, tokens.size), self._during(rows, **packed):
                 output = self.network(
@@ -165,9 +166,9 @@ def beginning(network: Any, texts: Sequence[Sequence[int]]) -> Context:
 def shared_start(texts: Sequence[Sequence[int]]) -> int:
     """How many tokens all texts begin with; one is left to each, whose logits are the first to be wanted. A text alone
     shares nothing."""
-    first, last = min(map(tuple, texts)), max(map(tuple, texts))
-    if first == last:
+    if len(texts) == 1:
         return 0
+    first, last = min(map(tuple, texts)), max(map(tuple, texts))
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
     return min(shared, min(map(len, texts)) - 1)
 

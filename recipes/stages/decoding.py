@@ -4,6 +4,8 @@ What all prompts begin with is read once, rows that are done leave the batch, an
 put: transformers' generate() copies all of them for every token, and computes on for rows that are done until the last
 one is.
 
+On CPUs. On a GPU nobody measured it, and generate() answers there.
+
 Import this after a backend has loaded its libraries.
 """
 
@@ -46,7 +48,7 @@ def decode(
             for row, token in zip(here, tokens, strict=True):
                 if row in going:
                     answers[row].append(token)
-                    if len(answers[row]) == sampling.max_new_tokens or ended(answers[row]):
+                    if len(answers[row]) >= sampling.max_new_tokens or ended(answers[row]):
                         going.remove(row)
             if not going:
                 return answers

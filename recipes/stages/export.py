@@ -327,6 +327,7 @@ def served_with(model: Any, sampling: Sampling) -> Any:
     else:
         theirs.do_sample, theirs.temperature, theirs.top_p, theirs.top_k = False, None, None, None
     theirs.eos_token_id, theirs.pad_token_id = ours.eos_token_id, ours.pad_token_id
+    theirs.repetition_penalty, theirs.no_repeat_ngram_size = ours.repetition_penalty, ours.no_repeat_ngram_size
     theirs.bos_token_id = model.tokenizer.bos_token_id
     theirs.max_new_tokens = sampling.max_new_tokens
     # Otherwise transformers takes it for a copy of config.json, and makes it anew from there.

@@ -196,8 +196,8 @@ def attentions(batch: str, attend: Callable[..., Any]) -> dict[str, str]:
 def attending(config: Any, names: dict[str, str]) -> Iterator[None]:
     """Within this, attention is the one that is registered for a kind of batch."""
     usual = config._attn_implementation
-    config._attn_implementation = names[usual]
     try:
+        config._attn_implementation = names[usual]
         yield
     finally:
         config._attn_implementation = usual

@@ -1,7 +1,6 @@
 """Prompts -> answers: batched by length, or streamed piece by piece, ending at an end token or a stop string.
 
-Tokens are chosen by `decoding`; where a backend's attention cannot be told what a token may look at, by transformers'
-generate().
+On CPUs tokens are chosen by `decoding`; on GPUs, and where attention is not transformers' own, by its generate().
 """
 
 import sys
@@ -16,7 +15,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from recipes.stages.contexts import Context, beginning
 from recipes.stages.decoding import decode
-from recipes.stages.folding import obstacle
 from recipes.stages.loading import Model
 from recipes.stages.processes import ALONE, Team
 from recipes.stages.recipe import Message, Sampling
@@ -128,6 +126,9 @@ def configuration(model: Model, sampling: Sampling) -> GenerationConfig:
         eos_token_id=end_ids(model),
         pad_token_id=model.tokenizer.pad_token_id,
         use_cache=True,
+        # What is not said here would be the base model's own.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         **drawn,
     )
 
@@ -141,11 +142,11 @@ def generate(
     done: Callable[[int], None] = lambda count: None,
     team: Team = ALONE,
 ) -> list[Answer]:
-    """Answers in the order of the prompts. Computed in batches of like length, so that little is padding."""
+    """Answers in the order of the prompts. Computed in batches of like length, so that they end about together."""
     encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
     if not encoded:
         return []
-    prefix = None if obstacle(model.choice) else beginning(model.network, encoded)
+    prefix = beginning(model.network, encoded) if by_ourselves(model) else None
     found: list[tuple[int, Answer]] = []
     for _, batch in team.mine(list(batches(encoded, sampling, affordable_tokens(model.network, sys.maxsize)))):
         found += zip(batch, _answer(model, [encoded[i] for i in batch], sampling, stop, prefix), strict=True)
@@ -252,8 +253,8 @@ def _tokens(
     endless: bool = False,
 ) -> list[list[int]]:
     """What follows each prompt; `endless` goes on to the length limit."""
-    if obstacle(model.choice):
-        return _by_library(model, prompts, sampling, stop, streamer, endless)
+    if not by_ourselves(model):
+        return by_library(model, prompts, sampling, stop, streamer, endless)
     ends, stopped = set(end_ids(model)), StopString(model.tokenizer, stop)
 
     def ended(answer: Sequence[int]) -> bool:
@@ -270,21 +271,27 @@ def _tokens(
     return found
 
 
-def _by_library(
+def by_ourselves(model: Model) -> bool:
+    base = model.network.get_base_model() if hasattr(model.network, "get_base_model") else model.network
+    return model.network.device.type == "cpu" and base._supports_attention_backend and not base._is_stateful
+
+
+def by_library(
     model: Model,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Sequence[str],
-    streamer: BaseStreamer | None,
-    endless: bool,
+    streamer: BaseStreamer | None = None,
+    endless: bool = False,
 ) -> list[list[int]]:
+    """The same by transformers' generate(), which for `endless` takes no token that ends an answer."""
     width, pad, device = max(map(len, prompts)), model.tokenizer.pad_token_id, model.network.device
     how = configuration(model, sampling)
     if endless:
         how.min_new_tokens = sampling.max_new_tokens
     with torch.inference_mode():
         output = model.network.generate(
-            input_ids=torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),
+            input_ids=torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device),
             attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
             generation_config=how,
             stopping_criteria=StoppingCriteriaList([StopAt(model.tokenizer, stop, width)] if stop else []),

@@ -66,16 +66,16 @@ def cut(found: Sequence[Any], places: torch.Tensor, tokens: int) -> Iterator[Non
         return
     before = [(part, part.forward) for part in found]
     own = [part for part, _ in before if "forward" in vars(part)]
-    for part, forward in before:
-        part.forward = _only(forward, places)
     try:
+        for part, forward in before:
+            part.forward = _only(forward, places)
         yield
     finally:
         for part, forward in before:
             if any(part is one for one in own):
                 part.forward = forward
             else:
-                del part.forward
+                vars(part).pop("forward", None)
 
 
 def _pays(places: torch.Tensor, tokens: int) -> bool:

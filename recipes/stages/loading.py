@@ -12,6 +12,7 @@ from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from recipes.stages import adapter, processes
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
+from recipes.stages.console import note
 from recipes.stages.recipe import Recipe, Settings, UserError
 from recipes.stages.render import Renderer
 from recipes.stages.resume import backend_of, settings_of
@@ -107,7 +108,7 @@ def load_to_answer(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max
     model = load_trained(recipe, run, chosen, choice, max_length)
     fitting = choice.backend == "peft" and choice.dtype == "float32" and passes.fitting(choice.device)
     if fitting and (why_not := passes.put_together(model.network)):
-        print(f"no whole matrices, which answer faster: {why_not}", file=sys.stderr)
+        note(f"answers unpack the weights of every layer for every token; whole matrices are not made: {why_not}")
     return model
 
 

@@ -130,6 +130,11 @@ class Sampling:
     max_trials: int = 30
     """Empty answers are drawn again, so often at most; at temperature 0 every draw is the same."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "answers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: one at least")
+
 
 @dataclass(frozen=True)
 class Message:

@@ -133,7 +133,7 @@ def score(
     walk = _Walk(codes, tolerance)
     batch_tokens = batch_tokens or affordable_tokens(model.network)
     with torch.inference_mode():
-        prefix = beginning(model.network, encoded)
+        prefix = beginning(model.network, [text for text, _ in different])
         start = prefix.positions.shape[1]
         found: list[tuple[int, tuple[np.ndarray, int]]] = []
         for _, batch in team.mine(list(_batches(different, walk.room, batch_tokens, _most_rows(model.network, codes)))):
