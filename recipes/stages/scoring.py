@@ -25,9 +25,9 @@ MOST_TOKENS = 32768
 CACHE_BYTES = 2**30
 """Keys and values held at one time, where the user does not say how many tokens."""
 # Branches of one text read in one pass: the first may have settled what the others were for.
-_BRANCHES = 4
+_BRANCHES = 8
 # Columns of such a pass beyond what its best guesses need.
-_WIDER = 2
+_WIDER = 6
 # Rows of logits turned into float32 at one time, and bytes of all that one pass may leave.
 _LOGITS_AT_ONCE = 64
 _LOGITS_BYTES = 2**29
