@@ -134,7 +134,7 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     expansions: list[int] = []
 
     def generated(some: Sequence[Any]) -> list[str]:
-        encoded = [model.renderer.prompt(prompt, max_length) for prompt in some]
+        encoded = model.renderer.prompts(some, max_length)
         answers = [""] * len(some)
         for batch in batches(encoded, RECIPE.sampling, affordable_tokens(model.network)):
             made = by_library(model, [encoded[i] for i in batch], RECIPE.sampling, RECIPE.stop)

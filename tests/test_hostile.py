@@ -112,13 +112,13 @@ def talker() -> Model:
 def prompts(talker: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """What the model is given, while everything runs as it does."""
     seen: list[list[int]] = []
-    real = Renderer.prompt
+    real = Renderer.prompts
 
-    def prompt(self: Renderer, *given: Any) -> list[int]:
-        seen.append(real(self, *given))
-        return seen[-1]
+    def watched(self: Renderer, *given: Any) -> list[list[int]]:
+        seen.extend(found := real(self, *given))
+        return found
 
-    monkeypatch.setattr(Renderer, "prompt", prompt)
+    monkeypatch.setattr(Renderer, "prompts", watched)
     return seen
 
 

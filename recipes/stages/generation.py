@@ -143,7 +143,7 @@ def generate(
     team: Team = ALONE,
 ) -> list[Answer]:
     """Answers in the order of the prompts. Computed in batches of like length, so that they end about together."""
-    encoded = [model.renderer.prompt(messages, max_length) for messages in prompts]
+    encoded = model.renderer.prompts(prompts, max_length)
     if not encoded:
         return []
     prefix = beginning(model.network, encoded) if by_ourselves(model) else None

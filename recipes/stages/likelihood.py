@@ -23,7 +23,7 @@ def answer_loss(
     """Mean negative log-likelihood per answer token, in nats, and its exponential."""
     from recipes.stages.trainer import Batches, supervised
 
-    rendered = [tokens for item in items if (tokens := model.renderer.example(item, max_length)) is not None]
+    rendered = [tokens for tokens in model.renderer.examples(items, max_length) if tokens is not None]
     rendered.sort(key=lambda tokens: len(tokens.input_ids), reverse=True)
     collate = Batches(model.tokenizer.pad_token_id, model.network.config.model_type == "gemma3")
     batches, at = [], 0

@@ -56,6 +56,6 @@ def _mean_tokens(recipe: Recipe, rows: Sequence[Row], max_length: int) -> tuple[
         ensure_files(recipe, chosen)
     renderer = Renderer(load_tokenizer(recipe, chosen.source), recipe.stop_phrase)
     some = rows[:: -(-len(rows) // _COUNTED)]
-    rendered = [renderer.example(recipe.to_example(row), max_length) for row in some]
+    rendered = list(renderer.examples([recipe.to_example(row) for row in some], max_length))
     lengths = [len(tokens.input_ids) for tokens in rendered if tokens is not None]
     return sum(lengths) / max(1, len(some)), whose, len(some)

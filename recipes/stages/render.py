@@ -6,9 +6,10 @@ control tokens switched off, so `<end_of_turn>` inside a payment stays fifteen c
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from recipes.stages.recipe import Example, Message, UserError
@@ -16,6 +17,8 @@ from recipes.stages.recipe import Example, Message, UserError
 IGNORED = -100
 # Private-use characters: no template trims, doubles or compares them.
 _STAND_IN = re.compile("\ue000(\\d+)\ue001")
+# Rows whose texts go through the tokenizer in one call.
+_AT_ONCE = 1000
 # Templates that print today's date would teach a different prompt every day; this is Llama 3.2's own default.
 _FIXED_DATE = "26 Jul 2024"
 
@@ -55,7 +58,8 @@ class Renderer:
                 "use the model's fast tokenizer (tokenizer.json)"
             )
 
-    def _ids(self, text: str, typed: bool) -> list[int]:
+    def _ids(self, text: Any, typed: bool) -> Any:
+        """Of a text, or of each of several."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=typed)["input_ids"]
 
     def pieces(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[Piece]:
@@ -116,8 +120,12 @@ class Renderer:
 
     def example(self, example: Example, max_length: int | None = None) -> Rendered | None:
         """Tokens and labels. None where not even a shortened input leaves room for the answer."""
-        rendered = self._encode(self.pieces(example.messages), max_length)
-        return rendered if rendered is not None and rendered.supervised_tokens else None
+        return next(self.examples([example], max_length))
+
+    def examples(self, many: Sequence[Example], max_length: int | None = None) -> Iterator[Rendered | None]:
+        """The same for each of many."""
+        for rendered in self._encoded((self.pieces(example.messages) for example in many), max_length):
+            yield rendered if rendered is not None and rendered.supervised_tokens else None
 
     def answer(self, text: str) -> tuple[list[int], list[int]]:
         """An answer's own tokens, and those that end it."""
@@ -128,16 +136,28 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message], max_length: int | None = None) -> list[int]:
         """What the model is given to answer: the same tokens that preceded the answer in training."""
-        rendered = self._encode(self.pieces(messages, generation_prompt=True), max_length)
-        if rendered is None:
-            raise UserError(f"the prompt's fixed text alone is longer than {max_length} tokens; raise --max-length")
-        return rendered.input_ids
+        return self.prompts([messages], max_length)[0]
 
-    def _encode(self, pieces: list[Piece], max_length: int | None) -> Rendered | None:
-        encoded = [
-            (piece, self._ids(piece.text, typed=True) if piece.typed else self._template_ids(piece.text))
-            for piece in pieces
-        ]
+    def prompts(self, many: Sequence[Sequence[Message]], max_length: int | None = None) -> list[list[int]]:
+        """The same for each of many."""
+        found = []
+        for rendered in self._encoded((self.pieces(messages, generation_prompt=True) for messages in many), max_length):
+            if rendered is None:
+                raise UserError(f"the prompt's fixed text alone is longer than {max_length} tokens; raise --max-length")
+            found.append(rendered.input_ids)
+        return found
+
+    def _encoded(self, many: Iterator[list[Piece]], max_length: int | None) -> Iterator[Rendered | None]:
+        """What somebody wrote in some hundred rows goes through the tokenizer in one call, each text once: alone a text
+        waits longer for transformers than for the tokenizer."""
+        while some := list(islice(many, _AT_ONCE)):
+            texts = list({piece.text: None for pieces in some for piece in pieces if piece.typed})
+            known = dict(zip(texts, self._ids(texts, typed=True), strict=True)) if texts else {}
+            for pieces in some:
+                yield self._encode(pieces, known, max_length)
+
+    def _encode(self, pieces: list[Piece], typed: dict[str, list[int]], max_length: int | None) -> Rendered | None:
+        encoded = [(piece, typed[piece.text] if piece.typed else self._template_ids(piece.text)) for piece in pieces]
         surplus = sum(len(ids) for _, ids in encoded) - max_length if max_length else 0
         cut = 0
         # An answer that is cut would teach to stop in the middle of a sentence, so the longest question gives way.

@@ -121,7 +121,7 @@ def score(
     tolerance 0 looks at all codes; `include` names, for each prompt, a code that is looked at in any case. A team
     shares the batches that one process would make, so that no number depends on how many there are.
     """
-    encoded = [tuple(model.renderer.prompt(messages, max_length)) for messages in prompts]
+    encoded = list(map(tuple, model.renderer.prompts(prompts, max_length)))
     wanted = [codes.index[name] for name in include] if include is not None else [-1] * len(encoded)
     same: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for row, key in enumerate(zip(encoded, wanted, strict=True)):

@@ -24,7 +24,7 @@ def stats(recipe: Recipe, source: Path | None, options: Any, tokenizer: Any, max
         for value, count in counts.most_common():
             say(f"  {count:>7,}  {value}")
     renderer = Renderer(tokenizer, recipe.stop_phrase)
-    rendered = [tokens for row in rows if (tokens := renderer.example(recipe.to_example(row))) is not None]
+    rendered = [tokens for tokens in renderer.examples([recipe.to_example(row) for row in rows]) if tokens is not None]
     say("\ntokens              median    90 %    99 %    most")
     for what, lengths in (
         ("whole example", [len(tokens.input_ids) for tokens in rendered]),

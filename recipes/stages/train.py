@@ -109,8 +109,7 @@ def render_all(
     shortened = 0
     with progress(f"reading {what}", "examples") as bar:
         task = bar.add_task("", total=len(items))
-        for example in items:
-            tokens = renderer.example(example, max_length)
+        for example, tokens in zip(items, renderer.examples(items, max_length), strict=True):
             if tokens is not None:
                 kept.append(example)
                 rendered.append(tokens)
