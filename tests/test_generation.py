@@ -188,6 +188,22 @@ def test_streamed_and_whole_answers_are_the_same(model: Model) -> None:
     assert answer == generate(model, [prompt], Sampling(max_new_tokens=16), (STOP,))[0]
 
 
+def test_an_answer_interrupted_within_a_layer_leaves_nothing_behind(model: Model) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def answered() -> Any:
+        return stream(model, (Message("user", "안녕"),), Sampling(max_new_tokens=6), lambda piece: None, (STOP,))
+
+    whole = answered()
+    layer = next(m for m in model.network.modules() if isinstance(m, torch.nn.ModuleList))[-1]
+    hook = layer.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answered()
+    hook.remove()
+    assert answered() == whole
+
+
 def test_an_answer_at_the_limit_did_not_stop(model: Model) -> None:
     answer = generate(model, [(Message("user", "안녕"),)], Sampling(max_new_tokens=3), (STOP,))[0]
     assert answer.tokens <= 3
