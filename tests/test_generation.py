@@ -94,7 +94,6 @@ def test_tokens_are_those_of_generate_though_rows_leave_when_they_are_done(name:
     prompts = sorted((model.renderer.prompt(messages) for messages in asked), key=len, reverse=True)
     greedy = Sampling(max_new_tokens=24, batch_size=9)
     whole = by_library(model, prompts, greedy, (), endless=True)
-    # The tiny model's eager attention and its sliding window are in it.
     assert len(prompts[0]) > len(prompts[-1])
     ends = [next((i for i, token in enumerate(row) if token % 3 == 0 and i > 2), 23) + 1 for row in whole]
     assert len(set(ends)) > 2

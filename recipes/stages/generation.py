@@ -272,6 +272,8 @@ def _tokens(
 
 
 def by_ourselves(model: Model) -> bool:
+    """`decoding` was measured on CPUs alone, and tells attention what a token may look at: that has to be looked up
+    where transformers keeps it, and all that a model remembers has to be keys and values."""
     base = model.network.get_base_model() if hasattr(model.network, "get_base_model") else model.network
     return model.network.device.type == "cpu" and base._supports_attention_backend and not base._is_stateful
 

@@ -148,7 +148,7 @@ class Renderer:
         return found
 
     def _encoded(self, many: Iterator[list[Piece]], max_length: int | None) -> Iterator[Rendered | None]:
-        """What somebody wrote in some hundred rows goes through the tokenizer in one call, each text once: alone a text
+        """What somebody wrote in a thousand rows goes through the tokenizer in one call, each text once: alone a text
         waits longer for transformers than for the tokenizer."""
         while some := list(islice(many, _AT_ONCE)):
             texts = list({piece.text: None for pieces in some for piece in pieces if piece.typed})
