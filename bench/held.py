@@ -43,7 +43,7 @@ class Held:
 
     def batch(self, batch: Any) -> None:
         """Repeat what is in the batch until it has the shape whose turn it is: no sample has texts of every length."""
-        from recipes.stages.trainer import supervised
+        from recipes.stages.batches import supervised
 
         turn = min(max(0, self._seen // PARTS - UNMEASURED), len(self.shapes) - 1)
         rows, length = self.shapes[turn]

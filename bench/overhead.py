@@ -80,8 +80,8 @@ class Beside(TrainingMeter):
     def bare_step(self) -> None:
         import torch
 
+        from recipes.stages.batches import supervised
         from recipes.stages.folding import folded, understood
-        from recipes.stages.trainer import supervised
 
         trainer, args = self.trainer, self.trainer.args
         parts = self.parts[len(self.bare)]

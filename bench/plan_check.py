@@ -62,6 +62,8 @@ def cases_of(recipes: Sequence[Recipe], backends: Sequence[BackendName]) -> Iter
                     "--checkpointing" if checkpointing else "--no-checkpointing",
                     # What plan calculates is the worst batch: prompts that have nothing in common.
                     "--no-fold",
+                    # The sample's texts are made longer only when they are together.
+                    "--batch-tokens", "0",
                 ]  # fmt: skip
                 if recipe.closed:
                     # The validation at the end is not measured.

@@ -152,7 +152,7 @@ def in_order(
     recipe: Recipe, balance: Any, kept: Sequence[Any], rendered: Sequence[Rendered], settings: Any, steps: int
 ) -> list[Rendered]:
     """The rows of so many steps, as the recipe's own training draws them."""
-    from recipes.stages.trainer import Drawn
+    from recipes.stages.batches import Drawn
 
     classes, drawn = [0] * len(kept), [len(kept)]
     if isinstance(balance, Balance):

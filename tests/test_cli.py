@@ -15,7 +15,7 @@ from conftest import RECIPES, ROOT, recipe
 from fallback.cards import card
 from fallback.gpu import Gpu
 from recipes.stages.cli import preset_for, run_command
-from recipes.stages.fine_tune import less_memory, out_of_memory, without
+from recipes.stages.fine_tune import without
 from recipes.stages.recipe import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -187,23 +187,6 @@ def test_presets_of_the_payments() -> None:
         s = replace(chosen.settings, **chosen.presets[name])
         assert (s.batch_size, s.accumulation, s.max_length, s.lora_rank) == expected
         assert s.batch_size * s.accumulation == 16
-
-
-def test_out_of_memory_is_recognised_and_says_what_to_take() -> None:
-    import torch
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**55)
-    assert out_of_memory(caught.value)
-    assert not out_of_memory(RuntimeError("shapes do not match"))
-    chosen = recipe("gemma3_12b_opercode")
-    settings = replace(chosen.settings, **chosen.presets["24gb"])
-    assert "take --preset 16gb" in less_memory(chosen, settings, "24gb")
-    settings = replace(chosen.settings, **chosen.presets["12gb"])
-    assert "take --max-length 192" in less_memory(chosen, settings, "12gb")
-    assert "--batch-size 4 --accumulation 2" in less_memory(
-        recipe("gemma3_1b_counsel"), replace(settings, batch_size=8, accumulation=1), None
-    )
 
 
 def test_a_closed_set_has_no_chat(command: Command) -> None:

@@ -47,14 +47,14 @@ def test_the_model_is_left_as_it_was(found: dict[str, Any]) -> None:
 
 def batch(*rows: tuple[list[int], int]) -> dict[str, torch.Tensor]:
     """Rows of tokens, and how many of the last carry loss."""
-    from recipes.stages.trainer import Batches
+    from recipes.stages.batches import Batches
 
     return Batches(0)([{"input_ids": ids, "labels": [-100] * (len(ids) - n) + ids[len(ids) - n :]} for ids, n in rows])
 
 
 def test_where_tokens_go() -> None:
+    from recipes.stages.batches import supervised
     from recipes.stages.folding import by_example, folded
-    from recipes.stages.trainer import supervised
 
     padded = batch(([5, 6, 7, 8, 9], 1), ([5, 6, 3, 4], 1), ([5, 6, 7, 1, 2, 3, 4, 5], 2))
     row = folded(padded)
@@ -119,18 +119,6 @@ def test_who_cannot_be_told() -> None:
     assert obstacle(replace(on, device="cpu")) is None
 
 
-def test_a_step_s_parts_are_of_one_length_and_its_rows_the_same() -> None:
-    from recipes.stages.trainer import Drawn
-
-    lengths = [(7 * row) % 23 for row in range(20)]
-    plain = list(Drawn([0] * 20, [20], 3))
-    ordered = list(Drawn([0] * 20, [20], 3, lengths, 8))
-    for start in (0, 8, 16):
-        here = ordered[start : start + 8]
-        assert sorted(here) == sorted(plain[start : start + 8])
-        assert [lengths[row] for row in here] == sorted(lengths[row] for row in here)
-
-
 def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any], tmp_path: Path) -> None:
     losses = {}
     for flag in ("--fold", "--no-fold"):
@@ -151,8 +139,8 @@ def compared(name: str, backend: Any) -> dict[str, Any]:
     from recipes.stages.prepare import sample_examples
 
     model = ready_to_compare(name, backend, "none")
+    from recipes.stages.batches import Batches
     from recipes.stages.folding import by_example, understood
-    from recipes.stages.trainer import Batches
 
     network = model.network
     rendered = [model.renderer.example(example, 512) for example in sample_examples(recipe(name))]

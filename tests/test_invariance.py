@@ -17,8 +17,14 @@ from recipes.stages.run import read_json, read_jsonl, write_json
 
 CODES, CIVIL = "gemma3_12b_opercode", "llama_1b_civil"
 STEPS = 6
-# The same four rows a step, of different lengths: side by side with padding, and one by one without any.
-CUTS = ((4, 1), (2, 2), (1, 4))
+# The same four rows a step, of different lengths: side by side with padding, in twos, one by one without any, and in as
+# few parts as keep within so many tokens.
+CUTS = {
+    "whole": ("--batch-size", "4", "--accumulation", "1"),
+    "in-twos": ("--batch-size", "2", "--accumulation", "2", "--batch-tokens", "0"),
+    "one-by-one": ("--batch-size", "1", "--accumulation", "4", "--batch-tokens", "0"),
+    "by-tokens": ("--batch-size", "4", "--accumulation", "1", "--batch-tokens", "200"),
+}
 FIXED = ("--max-steps", str(STEPS), "--lora-dropout", "0", "--neftune-alpha", "0", "--max-length", "192")
 
 
@@ -34,17 +40,16 @@ class Folder:
         code = self.warm.start(f"recipes.{name}", list(arguments), self.path, self.path / "out", said).wait()
         assert code == 0, said.read_text()
 
-    def trained(self, name: str, batch: int, accumulation: int) -> Path:
-        run = self.path / f"{name}-{batch}x{accumulation}"
+    def trained(self, name: str, cut: str = "whole") -> Path:
+        run = self.path / f"{name}-{cut}"
         if not run.exists():
             quiet = ("--early-stopping", "off") if name == CIVIL else ("--eval-rows", "24")
-            size = ("--batch-size", str(batch), "--accumulation", str(accumulation))
-            self.run(name, "train", "--backend", self.backend, *FIXED, *quiet, *size, "--run", run.name)
+            self.run(name, "train", "--backend", self.backend, *FIXED, *quiet, *CUTS[cut], "--run", run.name)
         return run
 
     def coded(self, *flags: str) -> list[dict[str, str]]:
         """Forty payments and their codes."""
-        run = self.trained(CODES, *CUTS[0])
+        run = self.trained(CODES)
         few, out = self.path / "few.csv", self.path / "coded.csv"
         few.write_bytes(b"".join((run / "data" / "test.csv").read_bytes().splitlines(keepends=True)[:41]))
         self.run(
@@ -53,7 +58,7 @@ class Folder:
         return rows_of(out)
 
     def evaluated(self, name: str, *flags: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
-        run = self.trained(name, *CUTS[0])
+        run = self.trained(name)
         self.run(name, "evaluate", "--run", run.name, *flags)
         return rows_of(run / "predictions.csv"), read_json(run / "evaluation_results.json")
 
@@ -70,9 +75,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_step_may_be_cut_into_batches(name: str, folder: Folder) -> None:
     """A mean of means, or padding that is seen, would show: the rows of a step differ in length and in the number of
     their answer tokens."""
-    whole, *others = (folder.trained(name, *cut) for cut in CUTS)
+    whole, *others = (folder.trained(name, cut) for cut in CUTS)
     steps = list(read_jsonl(whole / "steps.jsonl"))
     assert len(steps) == STEPS
+    passes = [read_json(run / "metrics.json")["train"]["forward_passes"] for run in (whole, *others)]
+    assert passes[:3] == [STEPS, 2 * STEPS, 4 * STEPS]
+    assert STEPS < passes[3] < 4 * STEPS
     learned = adapter(whole)
     for other in others:
         for one, two in zip(steps, read_jsonl(other / "steps.jsonl"), strict=True):
@@ -110,7 +118,7 @@ def test_the_side_that_a_tokenizer_pads_on_is_no_matter(folder: Folder) -> None:
     found = []
     for side in ("left", "right"):
         for name in (CODES, CIVIL):
-            path = folder.trained(name, *CUTS[0]) / "adapter" / "tokenizer_config.json"
+            path = folder.trained(name) / "adapter" / "tokenizer_config.json"
             write_json(path, {**read_json(path), "padding_side": side})
         found.append(answers())
     (left, written), (right, again) = found

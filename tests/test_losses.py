@@ -136,8 +136,8 @@ def test_weights_as_scikit_learn_has_them_and_capped() -> None:
     ],
 )
 def test_how_often_a_class_is_drawn(balance: Balance, expected: list[int]) -> None:
+    from recipes.stages.batches import Drawn
     from recipes.stages.losses import draws
-    from recipes.stages.trainer import Drawn
 
     counts = draws(SIZES, balance)
     assert sorted(counts) == sorted(expected)
@@ -156,7 +156,7 @@ def test_how_often_a_class_is_drawn(balance: Balance, expected: list[int]) -> No
 
 
 def test_the_order_is_decided_by_seed_and_epoch() -> None:
-    from recipes.stages.trainer import Drawn
+    from recipes.stages.batches import Drawn
 
     classes = [0] * 30 + [1] * 20
     sampler = Drawn(classes, [30, 30], seed=1)
@@ -204,8 +204,10 @@ def check(backend: str) -> dict[str, Any]:
         RECIPE.settings, **{**RECIPE.miniature, "scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
     )
     model = loading.load_for_training(RECIPE, chosen, settings, choice)
+    from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.losses import Objective, draws
-    from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
+    from recipes.stages.processes import Team
+    from recipes.stages.trainer import RecipeTrainer
     from recipes.stages.validation import AnswerValidation
 
     learned = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
@@ -228,7 +230,7 @@ def check(backend: str) -> dict[str, Any]:
 
     def trainer(balance: Balance, batch_size: int, accumulation: int, objective: bool = True) -> Any:
         reset()
-        mine = replace(settings, batch_size=batch_size, accumulation=accumulation, max_steps=1)
+        mine = replace(settings, batch_size=batch_size, accumulation=accumulation, batch_tokens=0, max_steps=1)
         watched = AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path())  # type: ignore[list-item]
         run = Run(Path(tempfile.mkdtemp()))
         arguments = train.sft_arguments(mine, choice, run, 1, watched)
@@ -237,7 +239,9 @@ def check(backend: str) -> dict[str, Any]:
         arguments.weight_decay = 0.0
         return RecipeTrainer(
             run=run,
-            sampler=Drawn(classes, draws(SIZES, balance), 0),
+            steps=Steps(
+                Drawn(classes, draws(SIZES, balance), 0), [len(r.input_ids) for r in rendered], mine, Team(0, 1), -1
+            ),
             objective=Objective.of(SIZES, balance) if objective else None,
             model=model.network,
             args=arguments,

@@ -279,7 +279,7 @@ def ready(name: str, quantization: Any, dtype: Any, dropout: float = 0.0) -> tup
     from recipes.stages.prepare import sample_examples
 
     model = ready_to_compare(name, "peft", quantization, dtype, dropout)
-    from recipes.stages.trainer import Batches
+    from recipes.stages.batches import Batches
 
     network = model.network
     rendered = [r for r in (model.renderer.example(e, 512) for e in sample_examples(recipe(name))) if r]

@@ -12,6 +12,7 @@ from conftest import RECIPES, ROOT, recipe
 
 from fallback.gpu import Gpu
 from recipes.stages import pace, plan, plan_data, plan_report
+from recipes.stages.base_model import architecture
 from recipes.stages.recipe import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -144,6 +145,50 @@ def test_other_kernels_hold_less_and_other_losses_more() -> None:
     chosen = recipe("llama_1b_civil")
     heads = plan.otherwise(chosen, chosen.settings)["loss_head"]
     assert heads["full logits"] > 10 * max(heads["chunked"], heads["fused"])
+
+
+@pytest.mark.parametrize("backend", ["peft", "peft+liger", "unsloth"])
+def test_no_division_of_a_step_holds_more_than_the_one_that_is_calculated(backend: Any) -> None:
+    """More examples go through at once where they are short: whatever their lengths, not more tokens."""
+    from recipes.stages import footprint
+
+    chosen = recipe("gemma3_12b_opercode")
+    settings = replace(chosen.settings, batch_size=2, accumulation=8, max_length=512)
+    gpu = plan.card(plan.REFERENCE)
+    on = plan.conditions(chosen, plan.choice_for(chosen, settings, gpu, backend), settings)
+    public = architecture(chosen)
+    calculated = footprint.peak_bytes(public, settings, on, plan.full_batches(settings))
+    for rows, length in ((16, 64), (8, 128), (5, 204), (3, 341)):
+        batch = footprint.Batch(rows, length, rows * (length - 1), first=rows == 16)
+        assert footprint.peak_bytes(public, settings, on, [batch]) <= calculated
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"),
+    [(None, (2, 512, False)), (0, (2, 512, False)), (100, (1, 512, False)), (512, (1, 512, False)),
+     (1500, (3, 500, False)), (2048, (4, 512, False)), (10**6, (16, 512, True))],
+)  # fmt: skip
+def test_the_worst_batch_has_as_many_tokens_as_may_go_through_at_once(
+    tokens: int | None, shape: tuple[int, int, bool]
+) -> None:
+    settings = replace(
+        recipe("gemma3_12b_opercode").settings, batch_size=2, accumulation=8, max_length=512, batch_tokens=tokens
+    )
+    (batch,) = plan.full_batches(settings)
+    assert (batch.rows, batch.length, batch.first) == shape
+    assert batch.supervised == batch.rows * (batch.length - 1)
+
+
+def test_fewer_tokens_at_once_are_the_first_thing_to_change() -> None:
+    chosen = recipe("gemma3_12b_opercode")
+    gpu = plan.card("12GB")
+    wide = replace(chosen.settings, batch_size=2, accumulation=8, max_length=512, batch_tokens=8192)
+    flags = plan.remedy(chosen, wide, gpu)
+    assert flags is not None
+    assert flags.startswith("--batch-tokens ")
+    fewer = replace(wide, batch_tokens=int(flags.split()[1]))
+    assert plan.verdict(plan.need(chosen, fewer, gpu), gpu) == "fits"
+    assert plan.verdict(plan.need(chosen, wide, gpu), gpu) != "fits"
 
 
 def test_the_verdict_follows_the_card() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -435,12 +436,14 @@ def test_out_of_memory_ends_in_advice_or_in_smaller_batches(command: Command, tm
              "--no-checkpointing", "--eval-rows", "24")  # fmt: skip
     done = command(*large, "--run", "advised", env=env)
     assert done.returncode == 2
-    assert "out of memory at batch 512 x 1" in done.stderr
+    assert "of 512 examples at once, batch 512 x 1" in done.stderr
+    assert "take --batch-tokens " in done.stderr
     assert "Traceback" not in done.stderr
     done = command(*large, "--auto-batch", "--run", "smaller", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "out of memory at batch 512 x 1: going on with 256 x 2" in done.stdout
+    fewer = re.findall(r"of \d+ examples at once: going on with at most ([\d,]+)", done.stdout)
     config = read_json(tmp_path / "smaller" / "training_config.json")
-    assert config["settings"]["batch_size"] * config["settings"]["accumulation"] == 512
-    assert "batch_size: 512 -> 256" in config["changes"]
+    assert (config["settings"]["batch_size"], config["settings"]["accumulation"]) == (512, 1)
+    assert config["settings"]["batch_tokens"] == int(fewer[-1].replace(",", ""))
+    assert config["changes"][0] == f"batch_tokens: None -> {fewer[0].replace(',', '')}"
     assert len(learned(tmp_path / "smaller")) == 2

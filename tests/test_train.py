@@ -6,7 +6,6 @@ from conftest import recipe
 
 from recipes.stages.loading import start_lora
 from recipes.stages.recipe import Settings
-from recipes.stages.render import IGNORED
 from recipes.stages.train import optimizer_steps
 
 
@@ -43,13 +42,3 @@ def test_the_start_depends_on_names_and_seed_not_on_order(init: str) -> None:
     assert not torch.equal(one.q.lora_A.weight, one.k.lora_A.weight)
     spread = one.q.lora_A.weight.std().item()
     assert 0.1 < spread < 0.4
-
-
-def test_collator_pads_by_position() -> None:
-    from recipes.stages.trainer import Batches
-
-    # The pad id occurs inside an example: it must stay supervised and attended to.
-    batch = Batches(pad_token_id=3)([{"input_ids": [5, 3], "labels": [IGNORED, 3]}, {"input_ids": [7], "labels": [7]}])
-    assert batch["input_ids"].tolist() == [[5, 3], [7, 3]]
-    assert batch["labels"].tolist() == [[IGNORED, 3], [7, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]

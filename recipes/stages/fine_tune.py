@@ -17,6 +17,7 @@ from recipes.stages import checkpoint, crash, prepare, processes, resume, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.console import held_back, say
 from recipes.stages.recipe import Recipe, Settings, StartOver, UserError
+from recipes.stages.room import TooMuchAtOnce, less_memory, out_of_memory
 from recipes.stages.run import Run, as_system_error, environment, explained, read_json, write_json
 from recipes.stages.stopping import EarlyStopping
 
@@ -87,10 +88,13 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
                 refused.filename = refused.filename or str(run.path)
                 raise UserError(f"{explained(refused)}, then go on with {train.going_on(recipe, run)}") from error
             alone = not processes.launched()
-            if alone and out_of_memory(error) and args.auto_batch and watch is None and settings.batch_size > 1:
-                raise StartOver(smaller_batch(run, settings)) from error
             if out_of_memory(error):
-                raise UserError(less_memory(recipe, settings, args.preset)) from error
+                fewer = error.fewer if isinstance(error, TooMuchAtOnce) else None
+                if fewer and alone and args.auto_batch and watch is None:
+                    say(f"{error}: going on with at most {fewer:,}")
+                    flags = {"--run": str(run.path), "--batch-tokens": str(fewer)}
+                    raise StartOver({**flags, "--resume": "", "--accept-changes": ""}) from error
+                raise UserError(less_memory(recipe, settings, args.preset, error)) from error
             if args.backend != "auto" or failed or choice.backend == BACKENDS[-1] or steps_done(run) or start:
                 raise
             if not alone:
@@ -160,9 +164,9 @@ def begin(
         train.record(run, config, choice)
     if begun.processes != config["processes"]:
         each = f"{args.settings.batch_size} x {args.settings.accumulation}"
-        told = f"processes: {begun.processes} -> {config['processes']}, now with {each} examples of each step"
-        say(told)
-        config["changes"] = [*config.get("changes", begun.config.get("changes", [])), told]
+        change = f"processes: {begun.processes} -> {config['processes']}, now with {each} examples of each step"
+        say(change)
+        config["changes"] = [*config.get("changes", begun.config.get("changes", [])), change]
         train.record(run, config, choice)
     try:
         before = dict(read_json(run.path / "environment.json")["versions"])
@@ -231,43 +235,6 @@ def step_down(run: Run, choice: Choice, error: Exception) -> dict[str, str]:
 def how_it_died(error: Exception) -> str:
     (reason, *_) = str(error).strip().splitlines() or [""]
     return f"it died before its first step was done ({type(error).__name__}: {reason})"
-
-
-def smaller_batch(run: Run, settings: Settings) -> dict[str, str]:
-    """The same optimiser steps with half the memory."""
-    whole = settings.batch_size * settings.accumulation
-    half = max(size for size in range(1, settings.batch_size // 2 + 1) if whole % size == 0)
-    accumulation = whole // half
-    was = f"{settings.batch_size} x {settings.accumulation}"
-    say(f"out of memory at batch {was}: going on with {half} x {accumulation}")
-    flags = {"--run": str(run.path), "--batch-size": str(half), "--accumulation": str(accumulation)}
-    return {**flags, "--resume": "", "--accept-changes": ""}
-
-
-def out_of_memory(error: Exception) -> bool:
-    """On a GPU it is a class of its own, on a CPU a message."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def less_memory(recipe: Recipe, settings: Settings, preset: str | None) -> str:
-    """What to change first when training ran out of memory."""
-    effective = settings.batch_size * settings.accumulation
-    smaller = [name for name, values in recipe.presets.items() if values.get("batch_size", 99) < settings.batch_size]
-    if smaller:
-        remedy = f"take --preset {smaller[-1]}"
-    elif settings.batch_size > 1:
-        half = settings.batch_size // 2
-        remedy = f"take --batch-size {half} --accumulation {effective // half}, the same step with half the memory"
-    elif not settings.checkpointing:
-        remedy = "take --checkpointing"
-    elif settings.quantization != "4bit":
-        remedy = "take --quantization 4bit"
-    else:
-        remedy = f"take --max-length {max(64, settings.max_length // 2)}, or a smaller --lora-rank"
-    return (
-        f"out of memory at batch {settings.batch_size} x {settings.accumulation}, length {settings.max_length}"
-        f"{f' (preset {preset})' if preset else ''}: {remedy}"
-    )
 
 
 @contextmanager

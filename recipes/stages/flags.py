@@ -98,7 +98,7 @@ class Train(Generic[Options, Balancing]):
     accept_changes: bool = False
     """Go on although settings, data or the machine are not what they were."""
     auto_batch: bool = False
-    """When memory does not suffice, halve the batch, double the accumulation and go on."""
+    """When memory does not suffice, let half as many tokens through at once and go on: the same steps."""
 
 
 @dataclass(frozen=True)

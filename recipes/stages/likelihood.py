@@ -21,7 +21,7 @@ def answer_loss(
     model: Model, items: Sequence[Example], max_length: int, batch_tokens: int = 8192, team: Team = ALONE
 ) -> dict[str, Any]:
     """Mean negative log-likelihood per answer token, in nats, and its exponential."""
-    from recipes.stages.trainer import Batches, supervised
+    from recipes.stages.batches import Batches, supervised
 
     rendered = [tokens for tokens in model.renderer.examples(items, max_length) if tokens is not None]
     rendered.sort(key=lambda tokens: len(tokens.input_ids), reverse=True)

@@ -152,8 +152,13 @@ def full_batches(settings: Settings) -> list[Any]:
     """Where a step has several parts, the last: the gradients of the others are there."""
     from recipes.stages.footprint import Batch
 
-    supervised = settings.batch_size * (settings.max_length - 1)
-    return [Batch(settings.batch_size, settings.max_length, supervised, first=settings.accumulation == 1)]
+    step = settings.batch_size * settings.accumulation
+    rows, length = settings.batch_size, settings.max_length
+    if settings.batch_tokens:
+        # As many examples as it takes to come to so many tokens.
+        rows = min(step, -(-settings.batch_tokens // length))
+        length = min(length, settings.batch_tokens // rows) if rows > 1 else length
+    return [Batch(rows, length, rows * (length - 1), first=rows == step)]
 
 
 def verdict(bytes_needed: int, gpu: Gpu) -> str:
@@ -167,7 +172,7 @@ def largest_batch(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
     if hopeless(recipe, settings, gpu):
         return 0
     at = settings.batch_size
-    one, two = (need(recipe, replace(settings, batch_size=n), gpu) for n in (at, 2 * at))
+    one, two = (need(recipe, replace(settings, batch_size=n, batch_tokens=None), gpu) for n in (at, 2 * at))
     return max(0, int(at + (_TIGHT * gpu.memory_bytes - one) / ((two - one) / at)))
 
 
@@ -178,7 +183,7 @@ def largest_length(recipe: Recipe, settings: Settings, gpu: Gpu) -> int:
         return 0
     at = settings.max_length
     lengths = at, 2 * at, 4 * at
-    a, b, c = (need(recipe, replace(settings, max_length=n), gpu) for n in lengths)
+    a, b, c = (need(recipe, replace(settings, max_length=n, batch_tokens=None), gpu) for n in lengths)
     room = _TIGHT * gpu.memory_bytes
     first, second = (b - a) / at, (c - b) / (2 * at)
     bend = (second - first) / (lengths[2] - lengths[0])
@@ -220,7 +225,11 @@ def remedies(settings: Settings) -> Iterator[tuple[str, Settings]]:
         ("--quantization 4bit", {"quantization": "4bit"}),
         ("--optimizer paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}),
     ]
-    rows = settings.batch_size
+    tokens = settings.batch_tokens or 0
+    while tokens > settings.max_length:
+        tokens = max(settings.max_length, tokens // 2)
+        steps.append((f"--batch-tokens {tokens}", {"batch_tokens": tokens}))
+    rows = 1 if settings.batch_tokens else settings.batch_size
     while rows > 1:
         rows //= 2
         parts = settings.batch_size * settings.accumulation // rows

@@ -43,9 +43,12 @@ class Settings:
     learning_rate: float = 2e-4
     """Peak learning rate."""
     batch_size: int = 2
-    """Examples per device and forward pass."""
+    """Examples per device and forward pass, where they are as long as --max-length allows."""
     accumulation: int = 1
-    """Forward passes per optimiser step."""
+    """So many times --batch-size examples make an optimiser step; where they are short, in fewer forward passes."""
+    batch_tokens: int | None = None
+    """Tokens per device and forward pass at most, padding among them; 0 counts examples, however short they are. Not
+    given: what --batch-size examples of --max-length come to, which is what plan says room is for."""
     max_length: int = 1024
     """Tokens per example; longer inputs are cut, answers never."""
     warmup_ratio: float = 0.03
@@ -90,6 +93,17 @@ class Settings:
     """Optimiser steps between two printed lines; steps.jsonl has every step."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, from which train --resume goes on; 0 writes one after every step."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("accumulation", 1), ("batch_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: {least} at least")
+
+    @property
+    def tokens_at_once(self) -> int | None:
+        """Room of one forward pass; None where examples are counted instead."""
+        return self.batch_size * self.max_length if self.batch_tokens is None else self.batch_tokens or None
 
 
 @dataclass(frozen=True)

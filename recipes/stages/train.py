@@ -45,8 +45,7 @@ def examples(recipe: Recipe, run: Run, split: str) -> list[Example]:
 
 def optimizer_steps(rows: int, settings: Settings, world: int = 1) -> int:
     """As transformers' Trainer counts them; rows are those that an epoch draws."""
-    batches = math.ceil(rows / (settings.batch_size * world))
-    per_epoch = max(1, math.ceil(batches / settings.accumulation))
+    per_epoch = max(1, math.ceil(rows / (settings.batch_size * settings.accumulation * world)))
     steps = math.ceil(per_epoch * settings.epochs)
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
@@ -59,9 +58,10 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         output_dir=str(run.path / "checkpoints"),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        # To the Trainer a step is one batch: its parts are ours (batches.Steps).
+        per_device_train_batch_size=settings.batch_size * settings.accumulation,
         per_device_eval_batch_size=max(8, settings.batch_size),
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
@@ -142,9 +142,10 @@ def train(
     model = load_for_training(recipe, chosen, settings, choice)
     memory["after_loading"] = memory_in_use(choice.device == "cuda")
     from recipes.stages import folding
+    from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
     from recipes.stages.losses import Objective, draws
-    from recipes.stages.trainer import Batches, Drawn, RecipeTrainer, dataset
+    from recipes.stages.trainer import RecipeTrainer
 
     items, rendered, counts = render_all(
         model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
@@ -246,12 +247,12 @@ def train(
         )
         trainer = RecipeTrainer(
             run=run,
-            sampler=Drawn(
-                classes,
-                drawn,
-                settings.seed,
-                [len(r.input_ids) for r in rendered] if settings.accumulation > 1 else (),
-                settings.batch_size * settings.accumulation * team.size,
+            steps=Steps(
+                Drawn(classes, drawn, settings.seed),
+                [len(r.input_ids) for r in rendered],
+                settings,
+                team,
+                filler=len(rendered),
             ),
             objective=objective,
             own_loss=choice.backend != "unsloth",
@@ -296,6 +297,7 @@ def train(
         "patched": replaced,
         "optimizer_steps": len(losses),
         "supervised_tokens": trainer.seen()[0],
+        "forward_passes": sum(trainer.parts),
         "padded_tokens": batches.padded_tokens,
         "computed_tokens": batches.computed_tokens,
         **{f"train_{key}": value for key, value in counts.items()},

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our order of batches, our loss on whole answers and our record of steps.
+"""TRL's SFTTrainer with our steps, our loss on whole answers and our checkpoints.
 
 Import this only after a backend has loaded its libraries: Unsloth puts a class of its own under the name
 SFTTrainer, and ours must inherit from whichever is there.
@@ -7,8 +7,9 @@ SFTTrainer, and ours must inherit from whichever is there.
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,112 +24,12 @@ from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from recipes.stages import checkpoint, processes
-from recipes.stages.callbacks import Watch
-from recipes.stages.folding import by_example, folded, understood
+from recipes.stages.batches import Parts, Steps, supervised
+from recipes.stages.folding import by_example, understood
 from recipes.stages.last_layer import only_asked_for
 from recipes.stages.losses import Objective
-from recipes.stages.processes import Team
-from recipes.stages.render import IGNORED, Rendered
+from recipes.stages.room import TooMuchAtOnce, out_of_memory
 from recipes.stages.run import Run
-
-
-class Batches:
-    """Collator: pads to the longest example. Padding is known by position, never by the pad token's id."""
-
-    def __init__(self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None, fold: bool = False):
-        self.pad_token_id = pad_token_id
-        # Gemma 3 with its vision tower will not train without being told that no token is an image.
-        self.token_types = token_types
-        self.watch = watch
-        self.fold = fold
-        """Put each batch into one row."""
-        self.padded_tokens = self.computed_tokens = 0
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(example["input_ids"]) for example in examples)
-
-        def padded(key: str, filler: int) -> torch.Tensor:
-            return torch.tensor([e[key] + [filler] * (width - len(e[key])) for e in examples])
-
-        batch = {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": torch.tensor(
-                [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
-            ),
-        }
-        if self.token_types:
-            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
-        if "class" in examples[0]:
-            batch["class"] = torch.tensor([example["class"] for example in examples])
-        if self.watch:
-            self.watch.batch(batch)
-        laid_out = folded(batch) if self.fold else batch
-        self.padded_tokens += batch["input_ids"].numel()
-        self.computed_tokens += laid_out["input_ids"].numel()
-        return laid_out
-
-
-def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of each example that carry loss; its first token has nothing before it to be predicted from."""
-    return by_example((batch["labels"][:, 1:] != IGNORED).long(), batch.get("fold"))
-
-
-class Drawn(torch.utils.data.Sampler[int]):
-    """A different order every epoch, decided by the seed alone: both backends, every process and a resumed run see
-    the same batches.
-
-    Each class is drawn as often as `draws` says, its rows in turn: none comes up a second time before all have
-    come up once. Over several processes the data loader deals these out like any other order.
-
-    The rows of one optimiser step, `together` of them, are sorted by length, so that its parts need little padding.
-    """
-
-    def __init__(
-        self, classes: Sequence[int], draws: Sequence[int], seed: int, lengths: Sequence[int] = (), together: int = 1
-    ):
-        self.lengths, self.together = torch.tensor(lengths), together
-        self.members = [
-            torch.tensor([row for row, c in enumerate(classes) if c == index]) for index in range(len(draws))
-        ]
-        self.draws, self.seed, self.epoch = draws, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(self.draws)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        drawn = []
-        for members, count in zip(self.members, self.draws, strict=True):
-            turns = -(-count // len(members))
-            in_turn = [members[torch.randperm(len(members), generator=generator)] for _ in range(turns)]
-            drawn.append(torch.cat(in_turn)[:count])
-        rows = torch.cat(drawn)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        if len(self.lengths):
-            steps = rows.split(self.together)
-            rows = torch.cat([step[self.lengths[step].argsort(stable=True)] for step in steps])
-        return iter(rows.tolist())
-
-
-class Dealt(torch.utils.data.BatchSampler):
-    """This process's part of every batch. Together the processes take at each step the rows that one process with the
-    whole batch would take, to the uneven end of the last; who is left without one gets the filler."""
-
-    def __init__(self, sampler: Drawn, batch_size: int, team: Team, filler: int):
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.team, self.filler = team, filler
-
-    def __len__(self) -> int:
-        return -(-len(self.sampler) // (self.batch_size * self.team.size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rows = iter(self.sampler)
-        while whole := list(islice(rows, self.batch_size * self.team.size)):
-            yield whole[self.team.rank :: self.team.size] or [self.filler]
 
 
 class RecipeTrainer(SFTTrainer):
@@ -143,7 +44,7 @@ class RecipeTrainer(SFTTrainer):
     def __init__(
         self,
         run: Run,
-        sampler: Drawn,
+        steps: Steps,
         objective: Objective | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
         own_loss: bool = True,
@@ -161,22 +62,17 @@ class RecipeTrainer(SFTTrainer):
         if own_loss:
             add_fused_lm_head(self.model.get_base_model())
         self.remove_callback(PrinterCallback)
-        self.run, self.sampler, self.objective, self.validate = run, sampler, objective, validate
+        self.run, self.steps, self.objective, self.validate = run, steps, objective, validate
         self.parts: list[int] = []
-        """Batches of each optimiser step: at an epoch's end there may be fewer."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Drawn:
-        return self.sampler
+        """How many parts each optimiser step had."""
 
     def get_train_dataloader(self) -> Any:
-        """accelerate would fill an uneven end with rows from the beginning, which one process does not see twice."""
-        team = processes.team()
-        if team.size == 1:
-            return super().get_train_dataloader()
+        """A batch of it is a whole optimiser step, in its parts. accelerate would fill an uneven end with rows from the
+        beginning, which one process does not see twice."""
         loader = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=Dealt(self.sampler, self.args.train_batch_size, team, filler=len(self.train_dataset) - 1),
-            collate_fn=self.data_collator,
+            Parts(self.train_dataset),
+            batch_sampler=self.steps,
+            collate_fn=lambda parts: [self.data_collator(part) for part in parts],
             pin_memory=self.args.dataloader_pin_memory,
         )
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
@@ -186,26 +82,52 @@ class RecipeTrainer(SFTTrainer):
         tokens, surprise = processes.summed([float(self.supervised_tokens), float(self.negative_log_likelihood)])
         return int(tokens), surprise
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """All parts of an optimiser step: the Trainer, which counts parts, knows of one."""
+        losses = []
+        for number, part in enumerate(inputs, 1):
+            last = number == len(inputs)
+            # Gradients of several processes meet once. DeepSpeed goes by the flag alone.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                try:
+                    losses.append(self._part(model, part, num_items_in_batch))
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    fold = part.get("fold")
+                    rows, width = (fold.rows, fold.width) if fold else part["labels"].shape
+                    raise TooMuchAtOnce(rows, rows * width) from error
+        return torch.stack(losses).sum()
+
+    def _part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()
             with only_asked_for(self.accelerator.unwrap_model(model), ready["labels"]):
-                return super().training_step(model, ready, *args, **kwargs)
+                return super().training_step(model, ready, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The parts of one optimiser step, and what its loss is divided by. Unsloth replaces this method of the base
-        class, and the count of tokens inside it, so the weighted count is put in place out here."""
+        """The parts of one optimiser step, and what its loss is divided by: tokens, or what their examples weigh."""
         began = time.perf_counter()
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        steps = list(islice(epoch_iterator, num_batches))
         self.data_seconds += time.perf_counter() - began
-        if batches:
-            self.parts.append(len(batches))
-        if self.objective is not None and batches:
-            masses = [self.objective.mass(supervised(batch), batch["class"]) for batch in batches]
-            count = torch.stack(masses).sum().to(device)
-            if self.args.world_size > 1:
-                count = self.accelerator.gather(count).sum()
-        return batches, count
+        if not steps:
+            return [], None
+        (parts,) = steps
+        self.parts.append(len(parts))
+        tokens = [supervised(part) for part in parts]
+        if self.objective is None:
+            counts = [each.sum() for each in tokens]
+        else:
+            counts = [self.objective.mass(each, part["class"]) for each, part in zip(tokens, parts, strict=True)]
+        count = torch.stack(counts).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return steps, count
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nobody asks, and the Trainer would look for tokens in a list of parts."""
+        return 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -336,20 +258,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None, filler: bool = False) -> Any:
-    """With a filler: a last row, not drawn, that carries no loss."""
-    from datasets import Dataset
-
-    if filler:
-        shortest = min(rendered, key=lambda r: len(r.input_ids))
-        rendered = [*rendered, replace(shortest, labels=[IGNORED] * len(shortest.labels))]
-        classes = None if classes is None else [*classes, 0]
-    columns: dict[str, Any] = {
-        "input_ids": [r.input_ids for r in rendered],
-        "labels": [r.labels for r in rendered],
-    }
-    if classes is not None:
-        columns["class"] = list(classes)
-    return Dataset.from_dict(columns)
