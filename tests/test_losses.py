@@ -189,6 +189,14 @@ def test_eight_at_once_and_four_times_two_are_one_update(way: str, found: dict[s
 
 def test_plain_is_the_loss_of_trl(found: dict[str, Any]) -> None:
     assert found["plain"] == pytest.approx(found["trl"], rel=1e-6)
+    # TRL was given our count, which is the one that the Trainer would make.
+    ours, theirs = found["counts"]["trl"]
+    assert ours == theirs > 0
+
+
+def test_a_head_that_takes_means_of_parts_loses_no_weight(found: dict[str, Any]) -> None:
+    """The parts of a step differ in their tokens, and such a head is not told how many the others have."""
+    assert found["means"] == pytest.approx(found["plain"], rel=1e-5)
 
 
 def check(backend: str) -> dict[str, Any]:
@@ -204,6 +212,8 @@ def check(backend: str) -> dict[str, Any]:
         RECIPE.settings, **{**RECIPE.miniature, "scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
     )
     model = loading.load_for_training(RECIPE, chosen, settings, choice)
+    from transformers import Trainer
+
     from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.losses import Objective, draws
     from recipes.stages.processes import Team
@@ -283,12 +293,18 @@ def check(backend: str) -> dict[str, Any]:
             "moved": max((after[0][name] - start[name]).abs().max().item() for name in learned),
             "difference": max((after[0][name] - after[1][name]).abs().max().item() for name in learned),
         }
-    losses = {}
-    for label, ours in (("plain", True), ("trl", False)):
+    losses, counts = {}, {}
+    for label, ours in (("plain", True), ("trl", False), ("means", False)):
         here = trainer(Balance(), 2, 4, ours)
+        if label == "means":
+            # As of a head that is not told how many tokens a step has.
+            here.model_accepts_loss_kwargs = False
+        if label == "trl":
+            (parts,), count = here.get_batch_samples(iter(here.get_train_dataloader()), 1, here.args.device)
+            counts[label] = [float(count), float(Trainer._get_num_items_in_batch(here, parts, here.args.device))]
         here.train()
         losses[label] = next(log["loss"] for log in here.state.log_history if "loss" in log)
-    return {"gradients": gradients, "updates": updates, **losses}
+    return {"gradients": gradients, "updates": updates, "counts": counts, **losses}
 
 
 if __name__ == "__main__":

@@ -164,19 +164,20 @@ def test_no_division_of_a_step_holds_more_than_the_one_that_is_calculated(backen
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shape"),
-    [(None, (2, 512, False)), (0, (2, 512, False)), (100, (1, 512, False)), (512, (1, 512, False)),
-     (1500, (3, 500, False)), (2048, (4, 512, False)), (10**6, (16, 512, True))],
+    ("tokens", "shapes"),
+    [(None, [(2, 512, False)]), (0, [(2, 512, False)]), (100, [(1, 512, False)]), (512, [(1, 512, False)]),
+     (513, [(1, 512, False), (2, 256, False)]), (1500, [(2, 512, False), (3, 500, False)]),
+     (2048, [(4, 512, False)]), (16 * 512 - 1, [(15, 512, False), (16, 511, False)]), (10**6, [(16, 512, True)])],
 )  # fmt: skip
 def test_the_worst_batch_has_as_many_tokens_as_may_go_through_at_once(
-    tokens: int | None, shape: tuple[int, int, bool]
+    tokens: int | None, shapes: list[tuple[int, int, bool]]
 ) -> None:
     settings = replace(
         recipe("gemma3_12b_opercode").settings, batch_size=2, accumulation=8, max_length=512, batch_tokens=tokens
     )
-    (batch,) = plan.full_batches(settings)
-    assert (batch.rows, batch.length, batch.first) == shape
-    assert batch.supervised == batch.rows * (batch.length - 1)
+    batches = plan.full_batches(settings)
+    assert [(batch.rows, batch.length, batch.first) for batch in batches] == shapes
+    assert all(batch.supervised == batch.rows * (batch.length - 1) for batch in batches)
 
 
 def test_fewer_tokens_at_once_are_the_first_thing_to_change() -> None:
@@ -189,6 +190,10 @@ def test_fewer_tokens_at_once_are_the_first_thing_to_change() -> None:
     fewer = replace(wide, batch_tokens=int(flags.split()[1]))
     assert plan.verdict(plan.need(chosen, fewer, gpu), gpu) == "fits"
     assert plan.verdict(plan.need(chosen, wide, gpu), gpu) != "fits"
+    # Shorter examples are of use only where no more of them go through at once.
+    least = [flags for flags, _ in plan.remedies(wide)][-1]
+    assert "--batch-tokens 128 --max-length 128" in least
+    assert least.count("--batch-tokens") == 1
 
 
 def test_the_verdict_follows_the_card() -> None:

@@ -27,11 +27,11 @@ from recipes.stages.run import read_json, read_jsonl
 LEARNED: dict[str, tuple[BackendName, tuple[str, ...]]] = {
     "gemma3_12b_opercode": (
         "peft", ("--sampler", "weighted", "--class-weights", "balanced", "--logit-adjustment", "1",
-                      "--focal-gamma", "1", "--eval-rows", "24"),
+                      "--focal-gamma", "1", "--eval-rows", "24", "--batch-tokens", "240"),
     ),
     "gemma3_1b_counsel": ("unsloth", ()),
     "llama_1b_civil": ("unsloth", ("--accumulation", "2", "--batch-tokens", "0")),
-    "polyglot_1_3b_ohlora": ("peft", ()),
+    "polyglot_1_3b_ohlora": ("peft", ("--batch-tokens", "400")),
     "gemma2_2b_ohlora": ("unsloth", ("--checkpointing",)),
 }  # fmt: skip
 # Writes down where the second process writes, and whatever it says.
@@ -407,8 +407,8 @@ def test_weights_divided_by_deepspeed_learn_the_same(start: Start, place: Path, 
     divided = small_run("polyglot_1_3b_ohlora", place / "polyglot-zero3")
     done = start(
         2, "recipes.polyglot_1_3b_ohlora", "train", "--backend", "peft", "--max-steps", "4", "--lora-dropout", "0",
-        "--neftune-alpha", "0", "--log-every", "1", "--early-stopping", "off", "--batch-size", "4", "--run",
-        str(divided), file="zero3.yaml", DS_ACCELERATOR="cpu",
+        "--neftune-alpha", "0", "--log-every", "1", "--early-stopping", "off", "--batch-size", "4", "--batch-tokens",
+        "400", "--run", str(divided), file="zero3.yaml", DS_ACCELERATOR="cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [[step["loss"] for step in read_jsonl(run / "steps.jsonl")] for run in (divided, whole)]

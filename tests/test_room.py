@@ -23,12 +23,13 @@ def test_what_to_take_then() -> None:
     chosen = recipe("gemma3_12b_opercode")
     batch, one = TooMuchAtOnce(16, 1200), TooMuchAtOnce(1, 384)
     settings = replace(chosen.settings, **chosen.presets["24gb"])
-    assert "16 examples at once, batch 4 x 4, length 512, preset 24gb: take --preset 16gb" in less_memory(
+    assert "16 examples at once, batch 4 x 4, length 512, preset 24gb: take --batch-tokens 600," in less_memory(
         chosen, settings, "24gb", batch
     )
+    # One example is too much, or the model itself: fewer at once would be of no use.
+    assert "take --preset 16gb" in less_memory(chosen, settings, "24gb", one)
     settings = replace(chosen.settings, **chosen.presets["12gb"])
     assert "take --batch-tokens 600," in less_memory(chosen, settings, "12gb", batch)
-    # One example is too much, or the model itself: fewer at once would be of no use.
     for error in (one, MemoryError("can't allocate memory")):
         assert "take --max-length 192" in less_memory(chosen, settings, "12gb", error)
     bare = Settings(batch_size=1, checkpointing=False, quantization="none")

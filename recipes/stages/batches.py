@@ -85,7 +85,7 @@ class Steps(torch.utils.data.BatchSampler):
     def _fit(self, rows: int, longest: int) -> bool:
         each = -(-rows // self.team.size)
         tokens = self.settings.tokens_at_once
-        return each <= self.settings.batch_size if tokens is None else each * longest <= tokens
+        return each <= self.settings.batch_size if tokens is None else each == 1 or each * longest <= tokens
 
 
 class Parts(torch.utils.data.Dataset[list[dict[str, Any]]]):
@@ -95,7 +95,7 @@ class Parts(torch.utils.data.Dataset[list[dict[str, Any]]]):
         self.rows = rows
 
     def __getitem__(self, part: list[int]) -> list[dict[str, Any]]:
-        return [self.rows[row] for row in part]
+        return self.rows.__getitems__(part)
 
 
 class Batches:

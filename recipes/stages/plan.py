@@ -152,13 +152,15 @@ def full_batches(settings: Settings) -> list[Any]:
     """Where a step has several parts, the last: the gradients of the others are there."""
     from recipes.stages.footprint import Batch
 
-    step = settings.batch_size * settings.accumulation
-    rows, length = settings.batch_size, settings.max_length
+    step, length = settings.batch_size * settings.accumulation, settings.max_length
+    shapes = [(settings.batch_size, length)]
     if settings.batch_tokens:
-        # As many examples as it takes to come to so many tokens.
-        rows = min(step, -(-settings.batch_tokens // length))
-        length = min(length, settings.batch_tokens // rows) if rows > 1 else length
-    return [Batch(rows, length, rows * (length - 1), first=rows == step)]
+        # As many of the longest as there is room for, or one more, if they are a little shorter.
+        rows = min(step, max(1, settings.batch_tokens // length))
+        shapes = [(rows, length)]
+        if rows < step and settings.batch_tokens > rows * length:
+            shapes.append((rows + 1, settings.batch_tokens // (rows + 1)))
+    return [Batch(rows, length, rows * (length - 1), first=shapes == [(step, length)]) for rows, length in shapes]
 
 
 def verdict(bytes_needed: int, gpu: Gpu) -> str:
@@ -234,7 +236,11 @@ def remedies(settings: Settings) -> Iterator[tuple[str, Settings]]:
         rows //= 2
         parts = settings.batch_size * settings.accumulation // rows
         steps.append((f"--batch-size {rows} --accumulation {parts}", {"batch_size": rows, "accumulation": parts}))
-    steps += [(f"--max-length {settings.max_length // n}", {"max_length": settings.max_length // n}) for n in (2, 4)]
+    for shorter in (settings.max_length // 2, settings.max_length // 4):
+        flag, change = f"--max-length {shorter}", {"max_length": shorter}
+        if settings.batch_tokens:
+            flag, change = f"--batch-tokens {shorter} {flag}", {**change, "batch_tokens": shorter}
+        steps.append((flag, change))
     for flag, changes in steps:
         changed = replace(settings, **changes)
         if changed == settings:

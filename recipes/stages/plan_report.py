@@ -110,9 +110,10 @@ _SAID = {
 def tell(found: dict[str, Any], settings: Settings) -> None:
     """The JSON in words."""
     s = settings
+    at_once = f", {s.batch_tokens} at once" if s.batch_tokens else ""
     say(
         f"{found['model']} at full size, weights {s.quantization}, batch {s.batch_size} x {s.accumulation}, "
-        f"{s.max_length} tokens each, checkpointing {'on' if s.checkpointing else 'off'}"
+        f"{s.max_length} tokens each{at_once}, checkpointing {'on' if s.checkpointing else 'off'}"
     )
     say(f"  parameters            {found['total_parameters']:>16,}")
     say(f"  of LoRA, trained      {found['trainable_parameters']:>16,}")

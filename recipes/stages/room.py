@@ -29,10 +29,10 @@ def less_memory(recipe: Recipe, settings: Settings, preset: str | None, error: B
     """What to change first when training ran out of memory."""
     smaller = [name for name, values in recipe.presets.items() if values.get("batch_size", 99) < settings.batch_size]
     fewer = error.fewer if isinstance(error, TooMuchAtOnce) else None
-    if smaller and (preset or not fewer):
-        remedy = f"take --preset {smaller[-1]}"
-    elif fewer:
+    if fewer:
         remedy = f"take --batch-tokens {fewer}, the same steps with half the memory"
+    elif smaller:
+        remedy = f"take --preset {smaller[-1]}"
     elif not settings.checkpointing:
         remedy = "take --checkpointing"
     elif settings.quantization != "4bit":

@@ -75,7 +75,10 @@ class RecipeTrainer(SFTTrainer):
             collate_fn=lambda parts: [self.data_collator(part) for part in parts],
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )  # fmt: skip
 
     def seen(self) -> tuple[int, float]:
         """Supervised tokens and their negative log-likelihood so far, of all processes, which all have to ask."""
@@ -104,6 +107,11 @@ class RecipeTrainer(SFTTrainer):
         with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()
             with only_asked_for(self.accelerator.unwrap_model(model), ready["labels"]):
+                if not self.own_loss and not self.model_accepts_loss_kwargs:
+                    # A head that is not told the count takes its part's mean, which the Trainer divides by this.
+                    share = supervised(ready).sum() * self.accelerator.num_processes / num_items_in_batch
+                    self.current_gradient_accumulation_steps = 1 / share
+                    num_items_in_batch = None
                 return super().training_step(model, ready, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
