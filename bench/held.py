@@ -152,6 +152,7 @@ def weights(network: Any) -> dict[str, int]:
         else:
             parts["unquantized_weights"].append(parameter)
     parts["unquantized_weights"] += list(network.buffers())
+    parts["unquantized_weights"] += [m.unpacked for m in network.modules() if hasattr(m, "unpacked")]
     return {name: storages(tensors) for name, tensors in parts.items()} | {"lora_weights": storages(lora)}
 
 

@@ -10,6 +10,7 @@ library divides the parameters among processes, and has to be asked before one o
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MethodType
@@ -22,6 +23,8 @@ from torch.nn import functional
 
 _KNOWN = ("modeling_llama", "modeling_gemma2", "modeling_gemma3")
 """Whose norms are known. Other families have some that are called alike and are others."""
+_PACKED = ("Linear4bit", "Nf4Linear")
+"""bitsandbytes' layers, and their stand-ins. PEFT's around them are called alike, and have no weights of their own."""
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # With 16 bits there is no leaving out more.
 _MOST_DROPPED = 1 - 2**-16
@@ -52,7 +55,7 @@ def _is_plain(module: Any) -> bool:
     """One adapter, of products alone, around weights that can be had as a matrix."""
     kind = type(module.get_base_layer()).__name__
     vanilla = len(module.lora_A) == 1 and not module.lora_variant and not any(module.lora_bias.values())
-    return vanilla and kind in ("Linear", "Linear4bit", "Nf4Linear")
+    return vanilla and kind in ("Linear", *_PACKED)
 
 
 def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,9 +81,8 @@ def put_together(network: Any) -> str | None:
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in network.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
-    wanted, memory = sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
-    if wanted > memory // 4:
-        return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"
+    if why_not := _too_large(layers):
+        return why_not
     with torch.no_grad():
         for layer in layers:
             (name,) = layer.lora_A
@@ -89,6 +91,31 @@ def put_together(network: Any) -> str | None:
             layer.whole = torch.addmm(weight, up, down, alpha=layer.scaling[name])
             layer.forward = MethodType(whole_forward, layer)
     return None
+
+
+def unpack(network: Any) -> str | None:
+    """For training in float32: 4-bit weights as the numbers that they stand for, kept beside them. They are unpacked in
+    every forward and every backward pass otherwise, to the same numbers, so that no digit moves. Returns why not."""
+    # No text goes through a vision tower.
+    named = [m for name, m in network.named_modules() if type(m).__name__ in _PACKED and "vision" not in name]
+    layers = [layer for layer in named if "weight" in layer._parameters]
+    if why_not := _too_large(layers):
+        return why_not
+    for layer in layers:
+        layer.unpacked = numbers_of(layer, torch.float32)
+        layer.forward = MethodType(unpacked_forward, layer)
+    return None
+
+
+def unpacked_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, self.unpacked, self.bias)
+
+
+def _too_large(layers: Sequence[Any]) -> str | None:
+    wanted, memory = sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
+    if wanted <= memory // 4:
+        return None
+    return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"
 
 
 def memory_bytes() -> int:
@@ -176,6 +203,11 @@ class _WithLora(torch.autograd.Function):
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    kept = getattr(base, "unpacked", None)
+    return kept if kept is not None and kept.dtype == dtype else numbers_of(base, dtype)
+
+
+def numbers_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight.to(dtype)

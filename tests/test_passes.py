@@ -44,6 +44,31 @@ def test_losses_and_gradients_are_those_of_the_original_code(
     assert here["gradient"] < 2e-5
 
 
+def test_unpacked_weights_move_no_digit(found: dict[str, Any]) -> None:
+    assert found["unpacked"]["layers"] >= 8
+    assert found["unpacked"]["same"]
+
+
+def test_weights_are_kept_unpacked_where_they_take_no_more_than_a_quarter_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    x = torch.randn(3, 64)
+    usual = layer(x)
+    needed = 4 * 64 * 64 * 4
+    monkeypatch.setattr(passes, "memory_bytes", lambda: needed - 1)
+    assert "more than a quarter of" in str(passes.unpack(layer))
+    assert "forward" not in vars(layer)
+    monkeypatch.setattr(passes, "memory_bytes", lambda: needed)
+    assert passes.unpack(layer) is None
+    assert unpacked_layers(layer) == [layer]
+    assert layer(x).equal(usual)
+    assert passes.frozen_weight(layer, torch.float32) is layer.unpacked
+    assert passes.frozen_weight(layer, torch.bfloat16).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("way", ["plain", "checkpointing"])
 def test_what_falls_to_dropout_falls_as_in_peft(found: dict[str, Any], way: str) -> None:
     """Its own dropout, given the same numbers to leave out."""
@@ -202,6 +227,22 @@ def original(network: Any) -> Iterator[None]:
             module.forward = forward
 
 
+@contextmanager
+def packed(network: Any) -> Iterator[int]:
+    """With weights that are unpacked in every pass."""
+    kept = [(layer, vars(layer).pop("unpacked"), vars(layer).pop("forward")) for layer in unpacked_layers(network)]
+    try:
+        yield len(kept)
+    finally:
+        for layer, numbers, forward in kept:
+            layer.unpacked, layer.forward = numbers, forward
+
+
+def unpacked_layers(network: Any) -> list[Any]:
+    ours = passes.unpacked_forward
+    return [m for m in network.modules() if getattr(vars(m).get("forward"), "__func__", None) is ours]
+
+
 def dropped(self: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
     return x * passes.kept_by_dropout(x, self.p) / (1 - self.p) if self.training and self.p else x
 
@@ -223,6 +264,14 @@ def compared(name: str) -> dict[str, Any]:
             result[f"{quantization} float32 {way}"] = {
                 "passes": apart(ours, theirs), "last layer": apart((cut, _), theirs)
             }  # fmt: skip
+        if quantization == "4bit":
+            ours = taken(network, batch)
+            with packed(network) as layers:
+                theirs = taken(network, batch)
+            result["unpacked"] = {
+                "layers": layers,
+                "same": ours[0].equal(theirs[0]) and all(g.equal(theirs[1][n]) for n, g in ours[1].items()),
+            }
         result[f"whole {quantization}"] = whole(network, batch)
         network, batch = ready(name, quantization, "float32")
     result |= told(network, batch)

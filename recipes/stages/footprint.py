@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,6 +190,9 @@ def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> 
         standins.install_layer_kernels(network.get_base_model(), own)
     elif on.backend == "peft" and passes.fitting("cuda" if on.cuda else "cpu"):
         passes.teach(network)
+        if on.dtype == "float32":
+            with mock.patch.object(passes, "numbers_of", standins.numbers_of):
+                passes.unpack(network)
     return network
 
 
@@ -206,7 +210,9 @@ def weight_bytes(network: Any, on: Conditions) -> dict[str, int]:
     return {
         "quantized_weights": packed,
         "unquantized_weights": on.width * (sum(p.numel() for p in frozen) - sum(quantized))
-        + sum(b.numel() * b.element_size() for b in held.values()),
+        + sum(b.numel() * b.element_size() for b in held.values())
+        # On CPUs 4-bit weights are kept unpacked beside themselves (passes.unpack).
+        + sum(m.unpacked.nbytes for m in base.modules() if hasattr(m, "unpacked")),
         "embedding": on.width * sum(p.numel() for p in embedding.values()),
     }
 

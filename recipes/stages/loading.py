@@ -33,6 +33,8 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
     backend = choice.module()
     backend.import_libraries(choice)
     processes.first_here(lambda: ensure_files(recipe, chosen))
+    from fallback import passes
+
     tokenizer = load_tokenizer(recipe, chosen.source)
     network = _base(backend, chosen, choice, settings.max_length)
     network = backend.add_lora(
@@ -48,7 +50,8 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
         settings.seed,
     )
     start_lora(network, settings)
-    _teach(network, choice)
+    if _teach(network, choice) and choice.dtype == "float32" and (why_not := passes.unpack(network)):
+        note(f"weights are unpacked in every pass; unpacked ones are not kept: {why_not}")
     return Model(network, tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
 
 
@@ -64,12 +67,14 @@ def _base(backend: Any, chosen: Chosen, choice: Choice, max_length: int) -> Any:
     return network
 
 
-def _teach(network: Any, choice: Choice) -> None:
+def _teach(network: Any, choice: Choice) -> bool:
     """On CPUs plain PEFT's layers are taught fewer passes over memory."""
     from fallback import passes
 
-    if choice.backend == "peft" and passes.fitting(choice.device):
+    fitting = choice.backend == "peft" and passes.fitting(choice.device)
+    if fitting:
         passes.teach(network)
+    return fitting
 
 
 def lora_targets(network: Any, settings: Settings) -> list[str] | str:

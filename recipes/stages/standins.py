@@ -345,7 +345,7 @@ def kernels(cuda: bool, model_module: str, backend: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(functional, "dropout", _dropout))
         if cuda and backend != "peft" and not model_module.endswith("modeling_gpt_neox"):
             stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb", _rotary))
-        stack.enter_context(mock.patch.object(passes, "frozen_weight", _frozen_weight))
+        stack.enter_context(mock.patch.object(passes, "numbers_of", numbers_of))
         stack.enter_context(mock.patch.object(passes, "kept_by_dropout", _kept))
         yield
 
@@ -354,7 +354,7 @@ def _kept(x: torch.Tensor, _: float) -> torch.Tensor:
     return torch.empty_like(x, dtype=torch.bool)
 
 
-def _frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+def numbers_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     if not hasattr(base, "compute_dtype"):
         return base.weight.to(dtype)
     like = torch.empty(0, dtype=dtype, device=base.weight.device)
