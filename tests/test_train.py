@@ -7,6 +7,7 @@ from conftest import recipe
 from recipes.stages.loading import start_lora
 from recipes.stages.recipe import Settings
 from recipes.stages.train import optimizer_steps
+from recipes.stages.validation import evaluations
 
 
 def test_steps_as_published() -> None:
@@ -42,3 +43,12 @@ def test_the_start_depends_on_names_and_seed_not_on_order(init: str) -> None:
     assert not torch.equal(one.q.lora_A.weight, one.k.lora_A.weight)
     spread = one.q.lora_A.weight.std().item()
     assert 0.1 < spread < 0.4
+
+
+def test_validation_is_a_small_part_of_a_training() -> None:
+    """A row of it costs about half of a trained one; it may come to a twentieth of them."""
+    assert evaluations(570, 9_120, 389) == 2
+    assert evaluations(51_000, 816_000, 400) == 20
+    assert evaluations(30, 240, 200) == 1
+    for trained in (2_000, 9_000, 70_000):
+        assert evaluations(trained, trained, 80) * 80 * 0.5 <= 0.05 * trained

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from recipes.stages.loading import Model
 
 # A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
-_VALIDATION_COST = 0.6
+_VALIDATION_COST = 0.55
 # Share of the training time that choosing the best checkpoint may cost.
-_VALIDATION_SHARE = 0.08
+_VALIDATION_SHARE = 0.05
 # Validation examples whose loss is watched, where answers are free text.
 VALIDATION_ANSWERS = 200
 
