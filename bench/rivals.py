@@ -8,10 +8,11 @@ threads wait and what becomes of freed memory is left as a user of theirs finds 
 
 import importlib
 import os
+import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         processing_class=tokenizer,
         callbacks=[clock],
     )
+    trained = {parameter.dtype for parameter in network.parameters() if parameter.requires_grad}
     trainer.train()
     gpu = GpuMeter(choice.device == "cuda")
     memory = train.memory_in_use(choice.device == "cuda", peak=True)
@@ -135,6 +137,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     supervised = sum(r.supervised_tokens for part in parts for r in part)
     return {
         "choice": choice.as_json(),
+        "handicap": handicap(trained, choice.device),
         "train": {
             "first_step_seconds": clock.seconds[0],
             "tokens_per_second": tokens / seconds,
@@ -146,6 +149,16 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
             "steps": [{"seconds": s, "loss": x} for s, x in zip(clock.seconds, clock.losses, strict=True)],
         },
     }
+
+
+def handicap(trained: Collection[Any], device: str) -> str | None:
+    """What makes an arm slower here than on another machine."""
+    import torch
+
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device != "cpu" or able or platform.machine() != "x86_64" or torch.bfloat16 not in trained:
+        return None
+    return "it keeps what it trains in bfloat16, and this processor has no instructions for that"
 
 
 def in_order(

@@ -154,6 +154,8 @@ def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: boo
             continue
         told = [row["train"] for row in good.values()]
         arms[arm] = {"status": "measured", "runs": len(told), "losses": [step["loss"] for step in told[0]["steps"]]}
+        if handicap := next(iter(good.values())).get("handicap"):
+            arms[arm]["handicap"] = handicap
         for name in MEDIANS:
             values = [one[name] for one in told if one[name] is not None]
             arms[arm][name] = median(values) if values else None
@@ -193,7 +195,13 @@ def losses_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def table(found: dict[str, Any]) -> str:
     header = ["arm", "tokens/s", "answer tokens/s", "rows/s", "first step", "peak memory", "ours is", "same losses"]
-    return markdown(header, [[arm, *_cells(of)] for arm, of in found["arms"].items()])
+    made = markdown(header, [[arm, *_cells(of)] for arm, of in found["arms"].items()])
+    handicaps = [
+        f"{arm} is slower here than elsewhere: {of['handicap']}."
+        for arm, of in found["arms"].items()
+        if "handicap" in of
+    ]
+    return "\n\n".join([made, *handicaps])
 
 
 def _cells(of: dict[str, Any]) -> list[str]:

@@ -98,8 +98,9 @@ def unpack(network: Any) -> str | None:
     every forward and every backward pass otherwise, to the same numbers, so that no digit moves. Returns why not."""
     # No text goes through a vision tower.
     named = [m for name, m in network.named_modules() if type(m).__name__ in _PACKED and "vision" not in name]
-    layers = [layer for layer in named if "weight" in layer._parameters]
-    if why_not := _too_large(layers):
+    layers = [layer for layer in named if "weight" in layer._parameters and _in_float32(layer)]
+    # Every process of this machine keeps its own. `put_together` does not ask how many there are: its digits differ.
+    if why_not := _too_large(layers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         return why_not
     for layer in layers:
         layer.unpacked = numbers_of(layer, torch.float32)
@@ -111,8 +112,14 @@ def unpacked_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, self.unpacked, self.bias)
 
 
-def _too_large(layers: Sequence[Any]) -> str | None:
-    wanted, memory = sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
+def _in_float32(layer: Any) -> bool:
+    """A checkpoint that was quantised by others may say that it is computed in another precision."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.compute_dtype in (None, torch.float32) and (state is None or state.dtype == torch.float32)
+
+
+def _too_large(layers: Sequence[Any], copies: int = 1) -> str | None:
+    wanted, memory = copies * sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
     if wanted <= memory // 4:
         return None
     return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"

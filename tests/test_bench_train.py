@@ -41,6 +41,22 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     assert "| 0.1% apart |" in table(drawn)
 
 
+def test_a_handicap_is_told_beside_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from bench.rivals import handicap
+    from bench.train import compared, table
+
+    for able in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        assert handicap({torch.float32}, "cpu") is handicap({torch.bfloat16}, "cuda") is None
+        told = handicap({torch.bfloat16}, "cpu")
+        found = compared([row("ours", 0, 3.0, [1.0]), row("trl", 0, 1.0, [1.0], handicap=told)], ("trl",))
+        assert ("trl is slower here than elsewhere: it keeps" in table(found)) == (not able)
+
+
 def test_dropout_is_the_recipe_s_own_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its small models' settings go without, and would be no measurement of it."""
     from bench import train
@@ -73,6 +89,13 @@ def test_the_same_rows_give_the_same_losses(rival: str, command: Callable[..., A
     assert arms[rival]["status"] == arms["ours"]["status"] == "measured", done.stdout
     assert arms[rival]["losses"] == pytest.approx(arms["ours"]["losses"], rel=2e-3)
     assert arms["ours"]["mfu"] > 0
+    assert "handicap" not in arms["ours"]
+    import torch
+
+    from bench.rivals import handicap
+
+    # Both round a quantised model's adapter to bfloat16.
+    assert arms[rival].get("handicap") == handicap({torch.bfloat16}, "cpu")
 
 
 def test_who_is_not_known(command: Callable[..., Any]) -> None:

@@ -55,8 +55,9 @@ def test_weights_are_kept_unpacked_where_they_take_no_more_than_a_quarter_of_the
     from bitsandbytes.nn import Linear4bit
 
     layer = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
-    x = torch.randn(3, 64)
+    x, towards = torch.randn(3, 64, requires_grad=True), torch.randn(3, 64)
     usual = layer(x)
+    (gradient,) = torch.autograd.grad(usual, x, towards)
     needed = 4 * 64 * 64 * 4
     monkeypatch.setattr(passes, "memory_bytes", lambda: needed - 1)
     assert "more than a quarter of" in str(passes.unpack(layer))
@@ -64,9 +65,28 @@ def test_weights_are_kept_unpacked_where_they_take_no_more_than_a_quarter_of_the
     monkeypatch.setattr(passes, "memory_bytes", lambda: needed)
     assert passes.unpack(layer) is None
     assert unpacked_layers(layer) == [layer]
+    # A layer without LoRA goes through torch's own backward pass.
     assert layer(x).equal(usual)
+    assert torch.autograd.grad(layer(x), x, towards)[0].equal(gradient)
     assert passes.frozen_weight(layer, torch.float32) is layer.unpacked
     assert passes.frozen_weight(layer, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_weights_are_not_kept_unpacked_for_too_many_processes_nor_for_another_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setattr(passes, "memory_bytes", lambda: 4 * 64 * 64 * 4)
+    layer = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "more than a quarter of" in str(passes.unpack(layer))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    narrow = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16).to("cpu")
+    assert passes.unpack(narrow) is None
+    assert unpacked_layers(narrow) == []
+    assert passes.unpack(layer) is None
+    assert unpacked_layers(layer) == [layer]
 
 
 @pytest.mark.parametrize("way", ["plain", "checkpointing"])

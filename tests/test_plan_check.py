@@ -17,11 +17,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 ALLOWED = 0.05
 
 
-def test_every_term_is_within_five_percent_of_a_training(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["polyglot_1_3b_ohlora", "gemma3_12b_opercode"])
+def test_every_term_is_within_five_percent_of_a_training(name: str, command: Command, tmp_path: Path) -> None:
+    """At 16 bits or more, and at 4."""
     out = tmp_path / "check.json"
-    done = command(
-        "bench", "plan", "--check", "--recipes", "polyglot_1_3b_ohlora", "--backends", "peft", "--out", str(out)
-    )
+    done = command("bench", "plan", "--check", "--recipes", name, "--backends", "peft", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "activations and loss" in done.stdout
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]

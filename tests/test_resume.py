@@ -28,7 +28,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 HARD = {
     "gemma3_12b_opercode": (
         "unsloth", "--sampler", "weighted", "--neftune-alpha", "5", "--max-steps", "60", "--eval-rows", "24",
-        "--early-stopping", "patience=9,min_delta=0.01,watch=validation",
+        "--early-stopping", "patience=1,min_delta=0.01,watch=validation",
     ),
     "gemma3_1b_counsel": ("peft", "--max-steps", "8"),
     "llama_1b_civil": ("unsloth", "--max-steps", "8", "--neftune-alpha", "5"),

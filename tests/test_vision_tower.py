@@ -48,27 +48,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_step_in_parts_weighs_as_much_as_a_whole_one(checkpoint: Path, tmp_path: Path) -> None:
-    """This class says that it is not told how many tokens a step has, and transformers divides losses for it."""
-    found = []
-    for name, flags in (
-        ("whole", ("8", "--accumulation", "1")),
-        ("parts", ("2", "--accumulation", "4", "--batch-tokens", "0")),
-    ):
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "recipes.gemma3_12b_opercode", "train", "--size", "full", "--model",
-                str(checkpoint), "--backend", "peft", "--run", str(tmp_path / name), "--max-steps", "2",
-                "--lora-dropout", "0", "--eval-rows", "12", "--batch-size", *flags,
-            ],
-            cwd=ROOT, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = (tmp_path / name / "steps.jsonl").read_text().splitlines()
-        found.append([json.loads(line)[key] for line in lines for key in ("loss", "grad_norm")])
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_text_trains_and_the_tower_does_not(backend: str, checkpoint: Path, tmp_path: Path) -> None:
     need(backend, "gemma3_12b_opercode")

@@ -320,6 +320,7 @@ def moments(shape: Shape, batch: Batch) -> Moments:
         parameter.grad = None if batch.first else torch.zeros_like(parameter)
     live = Live(512 if on.cuda else 1)
     live.ignore([*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)])
+    live.ignore([module.unpacked for module in network.modules() if hasattr(module, "unpacked")])
     asked = torch.empty(batch.supervised if on.backend != "unsloth" else 0, dtype=torch.long, device="meta")
     kernels = standins.kernels(on.cuda, type(base.base_model).__module__, on.backend)
     served = last_layer.cut(last_layer.parts_of(network), asked, batch.rows * batch.length)

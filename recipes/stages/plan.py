@@ -239,7 +239,8 @@ def remedies(settings: Settings) -> Iterator[tuple[str, Settings]]:
     for shorter in (settings.max_length // 2, settings.max_length // 4):
         flag, change = f"--max-length {shorter}", {"max_length": shorter}
         if settings.batch_tokens:
-            flag, change = f"--batch-tokens {shorter} {flag}", {**change, "batch_tokens": shorter}
+            fewer = min(settings.batch_tokens, shorter)
+            flag, change = f"--batch-tokens {fewer} {flag}", {**change, "batch_tokens": fewer}
         steps.append((flag, change))
     for flag, changes in steps:
         changed = replace(settings, **changes)

@@ -183,6 +183,12 @@ def train(
         f"backend {choice.backend}, {choice.dtype}"
     )
     say(f"watch it: tensorboard --logdir {run.logs}")
+    checks_planned = math.ceil(steps / evaluated_every(steps, settings, validation)) if watch is None else 1
+    if early and early.watch == "validation" and checks_planned <= early.patience:
+        say(
+            f"early stopping: there will be {checks_planned} evaluations, so that a patience of {early.patience} "
+            "never ends; name a smaller one"
+        )
     unfoldable = folding.obstacle(choice)
     if settings.fold and unfoldable:
         say(f"batches are padded: {unfoldable}")

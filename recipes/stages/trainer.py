@@ -5,6 +5,7 @@ SFTTrainer, and ours must inherit from whichever is there.
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable
@@ -112,7 +113,9 @@ class RecipeTrainer(SFTTrainer):
                     share = supervised(ready).sum() * self.accelerator.num_processes / num_items_in_batch
                     self.current_gradient_accumulation_steps = 1 / share
                     num_items_in_batch = None
-                return super().training_step(model, ready, num_items_in_batch)
+                loss = super().training_step(model, ready, num_items_in_batch)
+                # The mean over no token at all, which a filler has, is not a number.
+                return loss if math.isfinite(self.current_gradient_accumulation_steps) else torch.zeros_like(loss)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The parts of one optimiser step, and what its loss is divided by: tokens, or what their examples weigh."""
