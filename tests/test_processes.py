@@ -264,21 +264,9 @@ def test_killed_stopped_and_resumed_with_other_numbers_of_processes(place: Path,
     )  # fmt: skip
     run, whole = place / "civil", place / "civil-whole"
     code, said, seconds = interrupted(
-        place,
-        2,
-        run,
-        3,
-        1,
-        *steady,
-        "--batch-size",
-        "2",
-        "--accumulation",
-        "2",
-        "--batch-tokens",
-        "0",
-        "--max-steps",
-        "2000",
-    )
+        place, 2, run, 3, 1, *steady, "--batch-size", "2", "--accumulation", "2", "--batch-tokens", "0",
+        "--max-steps", "2000",
+    )  # fmt: skip
     assert code != 0
     assert seconds < 20
     ours = [line for line in said.splitlines() if line.startswith("error: ")]
