@@ -37,6 +37,7 @@ class Held:
         self.batches: list[dict[str, Any]] = []
         self.terms: dict[str, int] = {}
         self.found: list[dict[str, Any]] = []
+        self.paged = 0
         self._trainer: Any = None
         self._seen = self._steps = self._before = 0
         self._profiler: Any = None
@@ -70,8 +71,12 @@ class Held:
 
         states = (value for state in optimizer.state.values() for value in state.values())
         there = [value for value in states if isinstance(value, torch.Tensor)]
+        self.paged = 0
         if torch.cuda.is_available():
-            there = [value for value in there if value.is_cuda]
+            # What is paged comes to the GPU when it is needed, and torch's allocator does not know of it.
+            paged = [value for value in there if getattr(value, "is_paged", False)]
+            self.paged = storages(paged)
+            there = [value for value in there if value.is_cuda] + paged
         self.terms["optimizer"] = storages(there)
 
     def step(self) -> None:
@@ -104,8 +109,9 @@ class Held:
         whole = {}
         if self._profiler is None:
             torch.cuda.synchronize()
-            whole["max_memory_allocated"] = torch.cuda.max_memory_allocated()
-            most = whole["max_memory_allocated"] - self._before
+            allocated = torch.cuda.max_memory_allocated()
+            whole["most_held"] = allocated + self.paged
+            most = allocated - self._before
         else:
             self._profiler.stop()
             most = most_allocated(self._profiler)

@@ -22,6 +22,10 @@ from recipes.stages.run import BrokenFile, read_json, read_jsonl, write_json, wr
 TAIL = 15
 """Lines of a failed case's log that its row keeps."""
 _CONTROL = re.compile(r"\x1b\[[0-9;]*m")
+# What Python says of an error in a finalizer, last of all where a process ends: it is not what the process died of.
+_IGNORED = re.compile(
+    r"^Exception ignored in.*\n(?:Traceback .*\n)?(?:[ \t].*\n)*(?:[\w.]*(?:Error|Exception)\b.*\n?)?", re.M
+)
 
 
 def finished(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -108,7 +112,8 @@ def one(case: Case, folder: Path, limit_seconds: float, worker: str = "bench.wor
 def _tail(log: Path) -> list[str]:
     if not log.is_file():
         return []
-    return private(_CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace"))).strip().splitlines()[-TAIL:]
+    text = _IGNORED.sub("", _CONTROL.sub("", log.read_text(encoding="utf-8", errors="replace")))
+    return private(text).strip().splitlines()[-TAIL:]
 
 
 def make_ready(recipe: str, size: str, weights: str) -> None:

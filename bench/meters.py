@@ -117,6 +117,8 @@ class TrainingMeter:
         self.seconds.append(now - self._last)
         if not self.tensor_bytes:
             self.tensor_bytes = tensors_of(self._trainer)
+            # Or the model stays, and beside it the one that answers is loaded.
+            self._trainer = None
         self.joules.append(self._gpu.joules())
         self.throttled.append(self._gpu.throttled())
         self.used = self._memory()

@@ -79,7 +79,7 @@ def measured(case: Case, folder: Path) -> list[dict[str, Any]]:
     make_ready(case.recipe, size, "random")
     row = one(case, folder, LIMIT_SECONDS, "bench.held")
     if row["status"] != "measured":
-        return [{**about, "status": row["status"], "reason": row["reason"]}]
+        return [{**about, **{name: row[name] for name in ("status", "reason", "tail")}}]
     return [{**about, **line} for line in compared(row)]
 
 
@@ -102,7 +102,7 @@ def compared(row: dict[str, Any]) -> list[dict[str, Any]]:
         ]
         predicted = {**held, "activations_and_loss": footprint.peak_bytes(config, settings, on, batches)}
         terms = {name: _against(predicted[name], shape["terms"][name]) for name in predicted}
-        whole = shape.get("max_memory_allocated", sum(shape["terms"].values()))
+        whole = shape.get("most_held", sum(shape["terms"].values()))
         terms["all"] = _against(sum(predicted.values()), whole)
         lines.append(
             {

@@ -67,6 +67,9 @@ class Train:
     """Rounds; every round runs every arm once."""
     batch_size: int | None = None
     """Instead of the recipe's."""
+    accumulation: int | None = None
+    """Instead of the recipe's. The others take so many forward passes for a step, ours takes as few as there is room
+    for."""
     dropout: bool = False
     """Train with the recipe's own dropout, as a user does. Each arm draws its own, so losses are close, not the
     same."""
@@ -99,6 +102,8 @@ def main(arguments: list[str]) -> None:
                 for arm in arms:
                     rows.append(measured(args, name, arm, repeat, folder))
                     print(f"{name} #{repeat + 1} {arm}: {brief(rows[-1])}", file=sys.stderr, flush=True)
+                    for line in rows[-1].get("tail", ()):
+                        print(f"    {line}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     recipes_found = {n: compared([r for r in rows if r["recipe"] == n], rivals, args.dropout) for n in recipes}
@@ -118,11 +123,15 @@ def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dic
     backend = args.backend if arm == OURS else RIVALS[arm]
     flags = ["--size", args.size, "--weights", "random", "--backend", backend, "--dtype", args.dtype]
     flags += ["--max-steps", str(args.steps), *LIKE_WITH_LIKE]
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
     # A small model's own settings may go without.
-    dropout = importlib.import_module(f"recipes.{name}").RECIPE.settings.lora_dropout if args.dropout else 0
-    flags += ["--lora-dropout", str(dropout)]
-    if args.batch_size is not None:
-        flags += ["--batch-size", str(args.batch_size)]
+    flags += ["--lora-dropout", str(recipe.settings.lora_dropout if args.dropout else 0)]
+    if recipe.closed:
+        # The validation at the end is not measured.
+        flags += ["--eval-rows", "12"]
+    for flag, value in (("--batch-size", args.batch_size), ("--accumulation", args.accumulation)):
+        if value is not None:
+            flags += [flag, str(value)]
     case = Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
     return one(case, folder, args.limit, "bench.worker" if arm == OURS else "bench.rivals")
 

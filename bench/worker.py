@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from fallback import leave_out
 from recipes.stages import cli
 from recipes.stages.fine_tune import fine_tune
 from recipes.stages.recipe import Recipe, Settings
@@ -129,8 +130,6 @@ def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any
 
 def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, settings: Settings) -> dict[str, Any]:
     """How fast the trained model answers, loaded as evaluate and predict load it."""
-    import gc
-
     import numpy as np
     import torch
 
@@ -138,7 +137,7 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
     from recipes.stages.classifier import Classifier
     from recipes.stages.console import held_back
 
-    gc.collect()
+    leave_out.let_go()
     if choice.device == "cuda":
         torch.cuda.empty_cache()
     with held_back(run.logs / "libraries.log"):
@@ -176,6 +175,8 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
 
 
 if __name__ == "__main__":
+    # As in the commands that users give.
+    leave_out.the_process_is_ours()
     if sys.argv[1] == "--ready":
         make_ready(*sys.argv[2:])
     else:

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
@@ -37,6 +38,18 @@ def patched(network: Any, trainer: Any = None) -> dict[str, int]:
 def loaded_patchers() -> list[str]:
     """Patching libraries that are in this process."""
     return [name for name in PATCHERS if name in sys.modules]
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """For passes without gradients. Unsloth compiles each layer as a whole, on a GPU unasked, and anew for what differs
+    from before: a cache, a mask of another kind, one row more. In training that settles after a few steps. Answers
+    differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for minutes."""
+    if "unsloth" not in loaded_patchers():
+        # Nothing is compiled, and asking would load the compiler.
+        return nullcontext()
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
 
 
 def _foreign(value: Any) -> bool:

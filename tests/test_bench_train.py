@@ -67,6 +67,16 @@ def test_dropout_is_the_recipe_s_own_or_none(monkeypatch: pytest.MonkeyPatch, tm
         assert flags[flags.index("--lora-dropout") + 1] == expected
 
 
+def test_a_step_s_rows_may_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bench import train
+
+    monkeypatch.setattr(train, "one", lambda case, *_: {"flags": case.flags})
+    named = train.Train(batch_size=2, accumulation=8)
+    for args, expected in ((named, ["2", "8"]), (train.Train(), [])):
+        flags = train.measured(args, "gemma3_12b_opercode", "trl", 0, tmp_path)["flags"]
+        assert [flags[flags.index(f) + 1] for f in ("--batch-size", "--accumulation") if f in flags] == expected
+
+
 def test_without_ours_there_is_nothing_to_compare() -> None:
     from bench.train import compared
 

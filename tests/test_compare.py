@@ -17,7 +17,7 @@ from conftest import ROOT, recipe
 
 from bench import report
 from bench.case import Grid, arms
-from bench.launch import _reason, finished
+from bench.launch import _reason, _tail, finished
 from bench.results import changes, differences
 from bench.statistics import paired_ratio, same_training
 from bench.summary import summarise
@@ -188,6 +188,24 @@ def test_what_becomes_of_a_case_that_fails(status: int | None, tail: list[str], 
     assert found["reason"]
     if status == -11:
         assert "SIGSEGV" in found["reason"]
+
+
+def test_what_a_finalizer_says_last_is_not_the_reason(tmp_path: Path) -> None:
+    """As a process says it on its way out, after what it died of."""
+    log = tmp_path / "case.log"
+    log.write_text(
+        "Traceback (most recent call last):\n"
+        '  File "worker.py", line 9, in main\n'
+        "RuntimeError: the shapes do not fit\n"
+        "Exception ignored in: <function BaseFileLock.__del__ at 0x7f>\n"
+        "Traceback (most recent call last):\n"
+        '  File "filelock/_api.py", line 975, in __del__\n'
+        "AttributeError: 'NoneType' object has no attribute 'getpid'\n",
+        encoding="utf-8",
+    )
+    assert _reason(1, _tail(log), 60) == {"status": "failed", "reason": "RuntimeError: the shapes do not fit"}
+    log.write_text("one\nException ignored in: <generator object>\nRuntimeError: x\ntwo\n", encoding="utf-8")
+    assert _tail(log) == ["one", "two"]
 
 
 def test_a_regression_is_told_from_chance_and_from_another_machine() -> None:

@@ -70,3 +70,17 @@ def test_a_storage_counts_once_however_many_tensors_look_at_it() -> None:
     a = torch.empty(256)
     assert storages([a, a[10:], a.view(16, 16)]) == 1024
     assert storages([a, a.clone()]) == 2048
+
+
+def test_what_an_optimiser_pages_is_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes keeps it in memory that torch calls the host's, and that the GPU takes as its own."""
+    import torch
+
+    from bench.held import Held
+
+    paged, on_host = torch.empty(1000), torch.empty(10)
+    paged.is_paged = True
+    held = Held([(1, 1)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    held._after_update(SimpleNamespace(state={"p": {"state1": paged, "step": on_host}}))
+    assert held.terms["optimizer"] == held.paged == 4000

@@ -1,7 +1,6 @@
 """main(RECIPE): stages become subcommands. Loads no torch, so that --help answers at once."""
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 import tyro
 
+from fallback import leave_out
 from fallback.cards import USUAL
 from fallback.choose import CannotRun
 from fallback.gpu import Gpu, read_gpu
@@ -82,6 +82,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
 
 def as_command(do: Callable[[list[str]], None], arguments: Sequence[str]) -> NoReturn:
     """Ends the process; what the user can mend is one line on standard error."""
+    leave_out.the_process_is_ours()
     try:
         do(list(arguments))
         processes.leave()
@@ -248,7 +249,7 @@ def everything(recipe: Recipe, given: list[str]) -> None:
     with starting_over(recipe, given):
         run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
     # What was trained is circles of references, and as large as what is loaded now.
-    gc.collect()
+    leave_out.let_go()
     with held_back(run.logs / "libraries.log"):
         model = loading.load_to_answer(recipe, run, chosen, choice, settings.max_length)
         results = evaluate.evaluate(recipe, run, model, answering(recipe), settings.max_length)

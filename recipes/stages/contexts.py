@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicLayer
 
-from fallback.patched import loaded_patchers
+from fallback.patched import loaded_patchers, uncompiled
 from recipes.stages import last_layer
 from recipes.stages.folding import attending, attentions
 
@@ -119,7 +119,7 @@ class Context:
             lambda head, inputs: (inputs[0][chosen][None],)
         )
         try:
-            with last_layer.serving(self.network, places, tokens.size), self._during(rows, **packed):
+            with last_layer.serving(self.network, places, tokens.size), self._during(rows, **packed), uncompiled():
                 output = self.network(
                     input_ids=torch.from_numpy(tokens).to(device),
                     position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),

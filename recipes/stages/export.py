@@ -4,7 +4,6 @@ Neither 4 nor 8 bits are merged into: what was learned on quantised weights is a
 from. Whether the outcome answers like the adapter is measured on the files, before they get their name.
 """
 
-import gc
 import hashlib
 import shutil
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fallback import leave_out
 from fallback.choose import Choice
 from recipes.stages import loading, prepare, train
 from recipes.stages.base_model import Chosen, ensure_files, published_config
@@ -249,7 +249,7 @@ def _device(source: Source) -> Literal["cuda", "cpu"]:
 def free_memory() -> None:
     import torch
 
-    gc.collect()
+    leave_out.let_go()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

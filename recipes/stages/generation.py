@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from fallback.patched import uncompiled
 from recipes.stages.contexts import Context, beginning
 from recipes.stages.decoding import decode
 from recipes.stages.loading import Model
@@ -291,7 +292,7 @@ def by_library(
     how = configuration(model, sampling)
     if endless:
         how.min_new_tokens = sampling.max_new_tokens
-    with torch.inference_mode():
+    with torch.inference_mode(), uncompiled():
         output = model.network.generate(
             input_ids=torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device),
             attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),

@@ -182,6 +182,8 @@ def train(
         f"of {settings.batch_size} x {settings.accumulation}{f' on each of {team.size} processes' * (team.size > 1)}, "
         f"backend {choice.backend}, {choice.dtype}"
     )
+    if choice.backend == "unsloth" and choice.device == "cuda":
+        say("the first steps take a minute or two: Unsloth compiles the layers, once for each kind of batch")
     say(f"watch it: tensorboard --logdir {run.logs}")
     checks_planned = math.ceil(steps / evaluated_every(steps, settings, validation)) if watch is None else 1
     if early and early.watch == "validation" and checks_planned <= early.patience:
