@@ -192,10 +192,31 @@ def trained(file: str) -> str:
     return "\n\n".join([*parts, made])
 
 
+def on_a_gpu() -> str:
+    """Ours under both backends beside TRL: two measurements on one card, which share the arm that is not ours."""
+    found = {backend: read_json(RESULTS / "h200" / f"train_{backend}.json") for backend in ("peft", "unsloth")}
+    ((name, of),) = found["peft"]["recipes"].items()
+    trl = of["arms"]["trl"]
+    arms = {f"ours, {backend}": one["recipes"][name]["arms"][train.OURS] for backend, one in found.items()}
+    lines = [
+        [arm, f"{told['samples_per_second']:.1f}", f"x {told['samples_per_second'] / trl['samples_per_second']:.2f}",
+         f"{told['first_step_seconds']:.1f} s", f"{told['peak_allocated_bytes'] / 2**20:,.0f} MiB",
+         f"{train.losses_apart(told['losses'], trl['losses']):.2%}"]
+        for arm, told in {**arms, "trl": trl}.items()
+    ]  # fmt: skip
+    env, settings = found["peft"]["environment"], found["peft"]["settings"]
+    commands = " and ".join(f"`{one['command']}`" for one in found.values())
+    made = f"One round, {name}, size {settings['size']}, {of['dtype']}, {env['gpu']['name']}: {commands}"
+    return (
+        report.markdown(["arm", "rows/s", "to TRL", "first step", "peak memory", "losses apart"], lines)
+        + f"\n\n{made}. {found['peft']['note']}"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
-    "train": partial(trained, "train.json"), "dropout": partial(trained, "train_dropout.json"),
+    "gpu": on_a_gpu, "train": partial(trained, "train.json"), "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 

@@ -178,7 +178,8 @@ def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: boo
         both = sorted(ours.keys() & runs[arm].keys())
         if both:
             arms[arm]["ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "tokens_per_second"))
-            arms[arm]["memory_of_ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "peak_resident_bytes"))
+            where = "allocated" if arms[OURS]["peak_allocated_bytes"] else "resident"
+            arms[arm]["memory_of_ours_to_this"] = asdict(_ratio(ours, runs[arm], both, f"peak_{where}_bytes"))
             arms[arm]["losses_apart"] = losses_apart(arms[OURS]["losses"], arms[arm]["losses"])
             arms[arm]["same_training"] = None if dropout else arms[arm]["losses_apart"] <= TOLERANCES[dtype]
     ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}

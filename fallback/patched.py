@@ -43,7 +43,8 @@ def loaded_patchers() -> list[str]:
 def uncompiled() -> AbstractContextManager[Any]:
     """For passes without gradients. Unsloth compiles each layer as a whole, on a GPU unasked, and anew for what differs
     from before: a cache, a mask of another kind, one row more. In training that settles after a few steps. Answers
-    differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for minutes."""
+    differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for more than a
+    minute."""
     if "unsloth" not in loaded_patchers():
         # Nothing is compiled, and asking would load the compiler.
         return nullcontext()

@@ -13,22 +13,28 @@ from recipes.stages.plan_data import Counted
 from recipes.stages.recipe import Recipe, Settings
 from recipes.stages.run import read_json
 
-CHECKED = Path(__file__).parents[2] / "results" / "plan_check.json"
-"""What `python -m bench plan --check` found last."""
+_RESULTS = Path(__file__).parents[2] / "results"
+CHECKED = _RESULTS / "plan_check_gpu.json", _RESULTS / "plan_check.json"
+"""What `python -m bench plan --check` found last, on a GPU and without one: what a GPU said counts more."""
 
 
-def errors(recipe: Recipe, checked: Path = CHECKED) -> dict[str, tuple[float | None, str]]:
+def errors(recipe: Recipe, checked: Sequence[Path] = CHECKED) -> dict[str, tuple[float | None, str]]:
     """Backend -> the largest error of a term that was measured for this recipe, and where; None if none was."""
-    cases = read_json(checked)["cases"] if checked.is_file() else []
-    device = read_json(checked)["device"] if cases else ""
+    files = [read_json(file) for file in checked if file.is_file()]
     found: dict[str, tuple[float | None, str]] = {}
     for backend in ("peft", "peft+liger", "unsloth"):
-        ours = [
-            case for case in cases if (case["recipe"], case["backend"]) == (recipe.name, backend) and "terms" in case
-        ]
-        terms = [abs(t["error"]) for case in ours for t in case["terms"].values() if t["error"] is not None]
-        where = ", ".join(sorted({f"size {case['size']}" for case in ours}))
-        found[backend] = (max(terms), f"{where} on {device}") if terms else (None, "never measured")
+        found[backend] = (None, "never measured")
+        for file in files:
+            ours = [
+                case
+                for case in file["cases"]
+                if (case["recipe"], case["backend"]) == (recipe.name, backend) and "terms" in case
+            ]
+            terms = [abs(t["error"]) for case in ours for t in case["terms"].values() if t["error"] is not None]
+            if terms:
+                where = ", ".join(sorted({f"size {case['size']}" for case in ours}))
+                found[backend] = max(terms), f"{where} on {file['device']}"
+                break
     return found
 
 
@@ -132,13 +138,10 @@ def tell(found: dict[str, Any], settings: Settings) -> None:
         say(f"{title}, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in other[what].items()))
     for name in backends:
         error, where = found["error_last_measured"][name], found["error_measured_where"][name]
-        told = f"calculated memory was last off by {error:.1%} at most ({where})" if error is not None else where
-        say(
-            f"{name}: {told}; "
-            + ("never held against a GPU" if "CPU" in where or error is None else "on this kind of GPU")
-        )
+        told = f"a term of the memory was last off by {error:.1%} at most ({where})" if error is not None else where
+        say(f"{name}: {told}" + "; never held against a GPU" * ("CPU" in where or error is None))
     if "unsloth" in backends:
-        say("unsloth is understood from its source alone: unvalidated. Verdicts are for peft:")
+        say("what unsloth takes depends on how much is free: verdicts are for peft, and with the allocator's slack:")
     for name, card in found["cards"].items():
         _tell_card(name, card, s, found["seconds"].get(name))
     for name in found["seconds"].keys() - found["cards"].keys():
