@@ -19,6 +19,7 @@ import tyro
 
 from bench.report import deliver
 from bench.turns import seconds_each
+from fallback import leave_out
 from fallback.choose import Backend, choose
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import payments
@@ -113,6 +114,7 @@ def trained(args: Classify, folder: Path) -> Run:
     assert isinstance(RECIPE.balance, Balance)
     with held_back(run.logs / "libraries.log"):
         train.train(RECIPE, run, settings, chosen, choice, replace(RECIPE.balance, eval_rows=100))
+    leave_out.let_go()
     return run
 
 

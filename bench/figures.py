@@ -16,7 +16,7 @@ import tyro
 from bench import report, soak, train
 from bench.prepare import WRITERS
 from bench.recipes import table
-from bench.statistics import RATIO_LEVEL
+from bench.statistics import RATIO_LEVEL, Ratio
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import read_json, replacing, write_whole
@@ -177,16 +177,18 @@ def soaked() -> str:
     return soak.table(cycles) + f"\n\n{told}"
 
 
+def with_difference(ratio: dict[str, Any]) -> dict[str, Any]:
+    return {**ratio, "differs": Ratio(**ratio).differs}
+
+
 def trained(file: str) -> str:
     found = read_json(RESULTS / file)
     parts = []
     for name, of in found["recipes"].items():
         best, dtype = of["best_other"], of["dtype"]
         parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
-        parts.append(
-            f"Ours is {of['ratio_to_trl']:.2f} times as fast as TRL and {of['ratio_to_best_other']:.2f} times as fast "
-            f"as the best of the others, {best}."
-        )
+        told = [f"{arm}: {report.said(with_difference(of['arms'][arm]['ours_to_this']))}" for arm in ("trl", best)]
+        parts.append(f"How fast ours is to TRL with loss on answers and to the best of the others, {'; '.join(told)}.")
     env = found["environment"]
     made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"
     return "\n\n".join([*parts, made])
@@ -206,17 +208,19 @@ def on_a_gpu() -> str:
     ]  # fmt: skip
     env, settings = found["peft"]["environment"], found["peft"]["settings"]
     commands = " and ".join(f"`{one['command']}`" for one in found.values())
-    made = f"One round, {name}, size {settings['size']}, {of['dtype']}, {env['gpu']['name']}: {commands}"
+    made = f"One round, {name}, size {settings['size']}, {of['dtype']}, {env['gpu']['name']}, torch "
+    made += f"{env['versions']['torch']}: {commands}"
     return (
-        report.markdown(["arm", "rows/s", "to TRL", "first step", "peak memory", "losses apart"], lines)
-        + f"\n\n{made}. {found['peft']['note']}"
+        report.markdown(["arm", "rows/s", "to TRL", "first step", "peak allocated", "losses apart"], lines)
+        + f"\n\n{made}. {found['peft']['note']}."
     )
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
-    "gpu": on_a_gpu, "train": partial(trained, "train.json"), "dropout": partial(trained, "train_dropout.json"),
+    "gpu": on_a_gpu, "train": partial(trained, "train.json"), "civil": partial(trained, "train_civil.json"),
+    "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 

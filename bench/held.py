@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from fallback import leave_out
 from recipes.stages import cli
 from recipes.stages.fine_tune import fine_tune
 from recipes.stages.run import read_json, write_json
@@ -173,4 +174,5 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    leave_out.the_process_is_ours()
     write_json(Path(sys.argv[2]), measure(Case.of(read_json(Path(sys.argv[1]))), Path(sys.argv[3])))

@@ -23,9 +23,7 @@ TAIL = 15
 """Lines of a failed case's log that its row keeps."""
 _CONTROL = re.compile(r"\x1b\[[0-9;]*m")
 # What Python says of an error in a finalizer, last of all where a process ends: it is not what the process died of.
-_IGNORED = re.compile(
-    r"^Exception ignored in.*\n(?:Traceback .*\n)?(?:[ \t].*\n)*(?:[\w.]*(?:Error|Exception)\b.*\n?)?", re.M
-)
+_IGNORED = re.compile(r"^Exception ignored\b.*\n(?:Traceback .*\n(?:[ \t].*\n)*(?:[\w.]+(?::.*)?\n?)?)?", re.M)
 
 
 def finished(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:

@@ -3,7 +3,8 @@
 TRL and Unsloth are called as their documentation shows, with the same model, tokens, order, LoRA, optimiser, precision
 and checkpointing as the recipe's own training. Two things are not theirs: the data come as tokens, since templates are
 another matter, and without a GPU plain TRL needs our loss head, because its own is a Triton kernel and dies. How
-threads wait and what becomes of freed memory is left as a user of theirs finds it.
+threads wait, what becomes of freed memory and what Python's collector looks through is left as a user of theirs finds
+it.
 """
 
 import importlib

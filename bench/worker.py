@@ -137,7 +137,6 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
     from recipes.stages.classifier import Classifier
     from recipes.stages.console import held_back
 
-    leave_out.let_go()
     if choice.device == "cuda":
         torch.cuda.empty_cache()
     with held_back(run.logs / "libraries.log"):

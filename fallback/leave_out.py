@@ -24,7 +24,8 @@ def let_go() -> None:
     """Free all that nobody can reach. A function that was running when the collector was told to pass over what there
     was (`without`) had its variables among it: through them a trained model would stay for good, beside the one that
     answers."""
-    gc.unfreeze()
+    if _process["ours"]:
+        gc.unfreeze()
     gc.collect()
 
 

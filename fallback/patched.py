@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
@@ -40,17 +41,34 @@ def loaded_patchers() -> list[str]:
     return [name for name in PATCHERS if name in sys.modules]
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """For passes without gradients. Unsloth compiles each layer as a whole, on a GPU unasked, and anew for what differs
-    from before: a cache, a mask of another kind, one row more. In training that settles after a few steps. Answers
-    differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for more than a
-    minute."""
+@contextmanager
+def uncompiled(network: Any) -> Iterator[None]:
+    """For passes without gradients. Unsloth compiles layers and parts of them, on a GPU unasked, and anew for what
+    differs from before: a cache, a mask of another kind, one row more. In training that settles after a few steps.
+    Answers differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for more
+    than a minute."""
     if "unsloth" not in loaded_patchers():
         # Nothing is compiled, and asking would load the compiler.
-        return nullcontext()
+        yield
+        return
     import torch
 
-    return torch.compiler.set_stance("force_eager")
+    stances: list[Any] = []
+
+    def before(*_: Any) -> None:
+        stances.append(torch.compiler.set_stance("force_eager"))
+
+    def after(*_: Any) -> None:
+        stances.pop().__exit__(None, None, None)
+
+    # At each pass, not once around all: Unsloth's generate() goes back to compiling as it begins.
+    inner = (network.get_base_model() if hasattr(network, "get_base_model") else network).base_model
+    hooks = inner.register_forward_pre_hook(before), inner.register_forward_hook(after, always_call=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _foreign(value: Any) -> bool:

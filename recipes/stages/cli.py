@@ -248,8 +248,6 @@ def everything(recipe: Recipe, given: list[str]) -> None:
     """prepare, train, evaluate, and a few answers."""
     with starting_over(recipe, given):
         run, chosen, choice, settings = fine_tune(recipe, parse_train(recipe, "", given))
-    # What was trained is circles of references, and as large as what is loaded now.
-    leave_out.let_go()
     with held_back(run.logs / "libraries.log"):
         model = loading.load_to_answer(recipe, run, chosen, choice, settings.max_length)
         results = evaluate.evaluate(recipe, run, model, answering(recipe), settings.max_length)

@@ -119,7 +119,11 @@ class Context:
             lambda head, inputs: (inputs[0][chosen][None],)
         )
         try:
-            with last_layer.serving(self.network, places, tokens.size), self._during(rows, **packed), uncompiled():
+            with (
+                last_layer.serving(self.network, places, tokens.size),
+                self._during(rows, **packed),
+                uncompiled(self.network),
+            ):
                 output = self.network(
                     input_ids=torch.from_numpy(tokens).to(device),
                     position_ids=torch.from_numpy(np.maximum(positions, 0)).to(device),

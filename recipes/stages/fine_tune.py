@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fallback import leave_out
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
 from fallback.gpu import read_gpu
 from recipes.stages import checkpoint, crash, prepare, processes, resume, train
@@ -108,6 +109,8 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
             f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
             f"adapter in {run.adapter}"
         )
+    # What was trained is circles of references, and as large as what its caller may load next.
+    leave_out.let_go()
     return run, chosen, choice, settings
 
 

@@ -292,7 +292,7 @@ def by_library(
     how = configuration(model, sampling)
     if endless:
         how.min_new_tokens = sampling.max_new_tokens
-    with torch.inference_mode(), uncompiled():
+    with torch.inference_mode(), uncompiled(model.network):
         output = model.network.generate(
             input_ids=torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device),
             attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),

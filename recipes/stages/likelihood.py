@@ -49,13 +49,13 @@ def _log_probs(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of every supervised token."""
     if sharded():
         # The head's weights come together for the whole model's forward pass alone; the trainer taught it this one.
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled(network):
             return network(**batch, use_cache=False, fused_lm_head=True).log_probs
     labels = batch["labels"][:, 1:]
     causal = network.get_base_model()
     head = causal.get_output_embeddings()
     text = causal.config.get_text_config()
-    with torch.inference_mode(), uncompiled():
+    with torch.inference_mode(), uncompiled(network):
         given = {name: tensor for name, tensor in batch.items() if name != "labels"}
         hidden = causal.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
         mask = labels != IGNORED

@@ -183,7 +183,7 @@ def train(
         f"backend {choice.backend}, {choice.dtype}"
     )
     if choice.backend == "unsloth" and choice.device == "cuda":
-        say("the first steps take a minute or two: Unsloth compiles the layers, once for each kind of batch")
+        say("the first steps take half a minute or more: Unsloth compiles the layers")
     say(f"watch it: tensorboard --logdir {run.logs}")
     checks_planned = math.ceil(steps / evaluated_every(steps, settings, validation)) if watch is None else 1
     if early and early.watch == "validation" and checks_planned <= early.patience:
