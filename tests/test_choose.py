@@ -14,6 +14,8 @@ from fallback import components, probe
 from fallback.cards import card
 from fallback.choose import CannotRun, choose
 from fallback.torch_build import TorchBuild
+from recipes.stages.base_model import Chosen
+from recipes.stages.fine_tune import tried_out
 
 CU126 = TorchBuild("2.14.1+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
 CU128 = TorchBuild("2.10.0+cu128", "12.8", ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"))
@@ -185,6 +187,16 @@ def test_a_card_that_stays_idle_is_hidden_from_torch(monkeypatch: pytest.MonkeyP
 def test_a_named_backend_that_cannot_run_is_an_error_with_a_remedy() -> None:
     with pytest.raises(CannotRun, match=r"7\.0.*--backend peft"):
         choose("llama", "unsloth", gpu=card("GTX 1080"))
+
+
+@pytest.mark.parametrize(("size", "backend"), [("tiny", "peft+liger"), ("small", "peft+liger"), ("full", "unsloth")])
+def test_a_small_model_does_not_wait_for_a_compiler(size: Any, backend: str) -> None:
+    chosen, gpu = Chosen("some", size, "random", "folder"), card("H100")
+    found = choose("llama", "auto", gpu=gpu, build=CU130, failed=tried_out(chosen, gpu))
+    assert found.backend == backend
+    assert ("compile for longer" in found.reasons["backend"]) == (size != "full")
+    assert tried_out(chosen, None) == {}, "without a GPU there is another reason"
+    assert choose("llama", "unsloth", gpu=gpu, build=CU130, failed=tried_out(chosen, gpu)).backend == "unsloth"
 
 
 def test_gemma_2_caps_its_scores() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from fallback import leave_out
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
-from fallback.gpu import read_gpu
+from fallback.gpu import Gpu, read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages import checkpoint, crash, prepare, processes, resume, train
 from recipes.stages.base_model import Chosen, model_type, published_config, settle, tokenizer_file
 from recipes.stages.console import held_back, say
@@ -54,7 +55,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         settings.optimizer,
         attention=settings.attention,
         dtype=settings.dtype,
-        failed=failed,
+        failed={**tried_out(chosen, usable_gpu()), **failed},
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if choice.device == "cpu" and read_gpu() is not None:
@@ -112,6 +113,13 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     # What was trained is circles of references, and as large as what its caller may load next.
     leave_out.let_go()
     return run, chosen, choice, settings
+
+
+def tried_out(chosen: Chosen, gpu: Gpu | None) -> dict[str, str]:
+    """What `auto` does not take for a small model, and why: a minute of compiling before a training of a minute."""
+    if chosen.size == "full" or gpu is None:
+        return {}
+    return {"unsloth": f"it would compile for longer than a model of size {chosen.size} trains"}
 
 
 def prepared(recipe: Recipe, args: Any, chosen: Chosen, training: ExitStack) -> Run:
