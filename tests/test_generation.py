@@ -9,6 +9,7 @@ import torch
 from conftest import RECIPES, recipe
 
 from fallback.choose import choose
+from fallback.torch_build import usable_gpu
 from recipes.stages.base_model import model_type, settle
 from recipes.stages.contexts import beginning
 from recipes.stages.decoding import _chooser, decode
@@ -18,6 +19,7 @@ from recipes.stages.prepare import sample_examples
 from recipes.stages.recipe import Message, Sampling, UserError
 
 STOP = "(답변 종료)"
+by_ourselves = pytest.mark.skipif(usable_gpu() is not None, reason="on a GPU transformers' generate() chooses tokens")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,7 @@ def test_tokens_are_those_of_generate_though_rows_leave_when_they_are_done(name:
     assert rows[0] == 9 > rows[-1]
 
 
+@by_ourselves
 def test_what_all_questions_begin_with_is_read_once(model: Model) -> None:
     prompts = [(Message("user", f"오늘 하루는 어땠는지 이야기해 줘 {n}"),) for n in range(4)]
     lengths = [len(model.renderer.prompt(prompt)) for prompt in prompts]
@@ -131,6 +134,7 @@ def test_tokens_are_drawn_as_temperature_and_top_p_say() -> None:
     assert set(_chooser(Sampling(temperature=0.0))(logits)) == {0}
 
 
+@by_ourselves
 def test_where_attention_is_not_transformers_own_generate_answers(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +159,7 @@ def test_the_base_models_own_way_of_drawing_is_not_mixed_in(model: Model, monkey
     assert by_library(model, prompts, how, (), endless=True) == usual
 
 
+@by_ourselves
 def test_one_prompt_asked_several_times_is_read_once(model: Model) -> None:
     prompt = (Message("user", "안녕"),)
     seen: list[int] = []

@@ -16,7 +16,7 @@ from recipes.stages.prepare import sample_examples
 @pytest.mark.parametrize("name", ["gemma2_2b_ohlora", "polyglot_1_3b_ohlora", "gemma3_1b_counsel"])
 def test_answer_loss(name: str) -> None:
     chosen = settle(recipe(name), "tiny")
-    choice = choose(model_type(recipe(name), chosen), "peft", "none")
+    choice = choose(model_type(recipe(name), chosen), "peft", "none", dtype="float32")
     model = load_for_training(recipe(name), chosen, recipe(name).settings, choice)
     model.network.eval()
     items = sample_examples(recipe(name))[:7]
@@ -25,7 +25,8 @@ def test_answer_loss(name: str) -> None:
         rendered = model.renderer.example(item, 512)
         assert rendered is not None
         with torch.no_grad():
-            logits = model.network(input_ids=torch.tensor([rendered.input_ids])).logits[0].double().log_softmax(-1)
+            ids = torch.tensor([rendered.input_ids], device=model.network.device)
+            logits = model.network(input_ids=ids).logits[0].double().log_softmax(-1)
         for place, label in enumerate(rendered.labels[1:]):
             if label != -100:
                 total -= logits[place, label].item()
