@@ -160,13 +160,19 @@ def _with_lora(
     """W x + scaling * B A (what is kept of x), and scaling * A (what is kept of x)."""
     y = base(x)
     dtype = _computed_in(x, down)
-    narrow = functional.linear(_rows(x if kept is None else x * kept).to(dtype), down.to(dtype)).mul_(scaling)
+    narrow = functional.linear(_rows(_left(x, kept)).to(dtype), down.to(dtype)).mul_(scaling)
     rows = y.view(-1, y.shape[-1])
     if rows.dtype == dtype:
         rows.addmm_(narrow, up.to(dtype).t())
     else:
         rows += narrow @ up.to(dtype).t()
     return y, narrow
+
+
+def _left(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """What dropout leaves. A product with booleans would first make numbers of them: as large as x, and three times as
+    long."""
+    return x if kept is None else torch.where(kept, x, 0.0)
 
 
 class _WithLora(torch.autograd.Function):
@@ -195,7 +201,7 @@ class _WithLora(torch.autograd.Function):
         inner = (rows @ up.to(dtype)).mul_(ctx.scaling)
         # This way around, the long side is read along its rows.
         to_up = (narrow.t() @ rows).t().to(up.dtype)
-        seen = _rows(x if kept is None else x * kept).to(dtype)
+        seen = _rows(_left(x, kept)).to(dtype)
         to_down = (inner.t() @ seen).to(down.dtype)
         del seen
         to_x = None
@@ -204,7 +210,7 @@ class _WithLora(torch.autograd.Function):
             if kept is None:
                 to_x.addmm_(inner, down.to(dtype))
             else:
-                to_x += (inner @ down.to(dtype)).mul_(_rows(kept))
+                to_x += (inner @ down.to(dtype)).masked_fill_(_rows(~kept), 0.0)
             to_x = to_x.view(x.shape).to(x.dtype)
         return to_x, None, None, to_down, to_up, None
 

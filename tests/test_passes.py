@@ -135,7 +135,9 @@ def test_whole_matrices_answer_as_layers_and_lora_do(found: dict[str, Any], quan
     here = found[f"whole {quantization}"]
     assert here["why_not"] is None
     assert here["layers"] == found["lora_layers"]
-    assert 0 < here["apart"] < 1e-5 < here["of_training"]
+    # What LoRA adds is rounded too: more of it on one processor than on another.
+    assert 0 < here["apart"] < 1e-5 * max(1, here["of_training"])
+    assert here["of_training"] > 0.05
     # Where the adapter is turned off, nothing of it is left.
     assert here["base_apart"] == 0
 
