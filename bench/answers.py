@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         "model": chosen.description,
         "backend": choice.backend,
         "answers_per_second": {way: 1 / median(seconds) for way, seconds in found["seconds_each"].items()},
-        "ratio_to_loop": {**asdict(ratio), "differs": ratio.differs},
+        "ratio_to_loop": asdict(ratio),
         **found,
     }
     if deliver(summary, args.out, args.json):

@@ -16,7 +16,7 @@ import tyro
 from bench import report, soak, train
 from bench.prepare import WRITERS
 from bench.recipes import table
-from bench.statistics import RATIO_LEVEL, Ratio
+from bench.statistics import RATIO_LEVEL
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import read_json, replacing, write_whole
@@ -112,7 +112,9 @@ def prepare() -> str:
         lines.append([what, f"{found[f'{kind}_seconds']:.2f} s", f"{found[f'ratio_to_{kind}']:.2f}"])
     told = (
         f"{found['rows']:,} rows, {found['output_bytes'] / 1e6:.0f} MB written, at most "
-        f"{found['prepare_peak_resident_bytes'] / 1e6:.0f} MB of memory."
+        f"{found['prepare_peak_resident_bytes'] / 1e6:.0f} MB of memory. From there a first training has "
+        f"its tokens after {found['tokens_seconds']:.1f} s, a later one on the same rows after "
+        f"{found['tokens_again_seconds']:.1f} s."
     )
     return report.markdown(["", "time", "prepare takes so many times as long"], lines) + "\n\n" + told
 
@@ -177,17 +179,13 @@ def soaked() -> str:
     return soak.table(cycles) + f"\n\n{told}"
 
 
-def with_difference(ratio: dict[str, Any]) -> dict[str, Any]:
-    return {**ratio, "differs": Ratio(**ratio).differs}
-
-
 def trained(file: str) -> str:
     found = read_json(RESULTS / file)
     parts = []
     for name, of in found["recipes"].items():
         best, dtype = of["best_other"], of["dtype"]
         parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
-        told = [f"{arm}: {report.said(with_difference(of['arms'][arm]['ours_to_this']))}" for arm in ("trl", best)]
+        told = [f"{arm}: {report.said(of['arms'][arm]['ours_to_this'])}" for arm in ("trl", best)]
         parts.append(f"How fast ours is to TRL with loss on answers and to the best of the others, {'; '.join(told)}.")
     env = found["environment"]
     made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"

@@ -1,4 +1,5 @@
-"""Preparing a bank's export against writing the same bytes: time, ratio and memory.
+"""Preparing a bank's export against writing the same bytes: time, ratio and memory; and reading its tokens, before a
+first training and before a later one.
 
 Every repetition is a process of its own; the two kinds take turns. Timed is the work itself, without the
 interpreter's start. The baselines have all lines in memory and write them with one write() each: as text, which is
@@ -22,12 +23,14 @@ from typing import Any
 
 import tyro
 
+from bench.launch import make_ready
 from bench.report import deliver
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import write_csv
+from recipes.stages.base_model import load_tokenizer, settle
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
-from recipes.stages.run import environment
+from recipes.stages.run import Run, environment
 
 WRITERS = {
     "write_text": "write(), a line of text",
@@ -35,6 +38,9 @@ WRITERS = {
     "write_files": "write(), a whole file",
 }
 """What the preparation is held against."""
+READERS = {"tokens": "a first training's tokens", "tokens_again": "a later training's tokens"}
+"""What a training waits for between its data and its first batch."""
+MEMORY = ("prepare", *READERS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
         source = Path(folder) / "payments.csv"
         write_csv(source, args.rows, args.classes)
-        kinds = ("prepare", *WRITERS)
+        make_ready(RECIPE.name, "tiny", "random")
+        kinds = ("prepare", *WRITERS, *READERS)
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for _ in range(args.repeats):
             for kind in kinds:
@@ -78,7 +85,8 @@ def main(arguments: list[str]) -> None:
         "prepare_seconds": median(seconds["prepare"]),
         **{f"{kind}_seconds": median(seconds[kind]) for kind in WRITERS},
         **{f"ratio_to_{kind}": median(_ratios(seconds["prepare"], seconds[kind])) for kind in WRITERS},
-        "prepare_peak_resident_bytes": max(int(run["resident"]) for run in found["prepare"]),
+        **{f"{kind}_seconds": median(seconds[kind]) for kind in READERS},
+        **{f"{kind}_peak_resident_bytes": max(int(run["resident"]) for run in found[kind]) for kind in MEMORY},
         "seconds": seconds,
     }
     if deliver(summary, args.out, args.json):
@@ -87,7 +95,10 @@ def main(arguments: list[str]) -> None:
     say(f"  prepare                   {summary['prepare_seconds']:.3f} s")
     for kind, what in WRITERS.items():
         say(f"  {what:<25} {summary[f'{kind}_seconds']:.3f} s   ratio {summary[f'ratio_to_{kind}']:.2f}")
-    say(f"  peak resident memory      {summary['prepare_peak_resident_bytes'] / 1e6:.0f} MB")
+    for kind, what in READERS.items():
+        say(f"  {what:<25} {summary[f'{kind}_seconds']:.3f} s")
+    for kind in MEMORY:
+        say(f"  {f'peak memory, {kind}':<25} {summary[f'{kind}_peak_resident_bytes'] / 1e6:.0f} MB")
     say(f"medians of {args.repeats}; ratios are medians of the pairs' ratios")
 
 
@@ -96,9 +107,11 @@ def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def one(kind: str, source: Path, run: Path) -> dict[str, float]:
-    """The writers write what the preparation before them has left."""
+    """The writers write what the preparation before them has left, and the readers read it."""
     if kind == "prepare":
         shutil.rmtree(run, ignore_errors=True)
+    if kind == "tokens":
+        shutil.rmtree(run / "kept", ignore_errors=True)
     command = [sys.executable, "-m", "bench", "prepare", "--worker", kind, str(source), str(run)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -113,6 +126,21 @@ def worker(kind: str, source: str, run: str) -> None:
 
         began = time.perf_counter()
         prepare(RECIPE, Path(source), RECIPE.options, 42, Path(run), RECIPE.settings.max_length, quiet=True)
+    elif kind in READERS:
+        # A training has loaded it by then, and with it what pyarrow looks for.
+        import datasets  # noqa: F401
+
+        from recipes.stages import tokens, train
+        from recipes.stages.render import Renderer
+
+        # This project's own, which needs no download.
+        tokenizer = load_tokenizer(RECIPE, settle(RECIPE, "tiny", "random").source)
+        tokens.KEPT = Path(run) / "kept"
+        began = time.perf_counter()
+        items = train.examples(RECIPE, Run(Path(run)), "train")
+        read = tokens.tokens_of(Renderer(tokenizer, RECIPE.stop_phrase), items, RECIPE.settings.max_length, kind)
+        assert len(read.items) == read.table.num_rows > 0
+        assert len(list(tokens.KEPT.iterdir())) == 1, "a later training did not find what an earlier one had left"
     else:
         files = [path for path in (Path(run) / "data").iterdir() if path.suffix in (".csv", ".jsonl")]
         parts = [(path.name, pieces(path, kind)) for path in files]

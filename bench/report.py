@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import drawing
-from bench.statistics import RATIO_LEVEL
+from bench.statistics import RATIO_LEVEL, Ratio
 from recipes.stages.console import console
 from recipes.stages.run import write_json, write_whole
 
@@ -56,7 +56,11 @@ def said(ratio: dict[str, Any] | None) -> str:
     # Where an interval is as narrow as its distance from 1, two digits would hide both.
     digits = 3 if max(abs(ratio[end] - 1) for end in ("low", "high")) < 0.05 else 2
     interval = "x {value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(**ratio, digits=digits)
-    return interval if ratio["differs"] else f"{interval}, no difference shown"
+    return interval if differs(ratio) else f"{interval}, no difference shown"
+
+
+def differs(ratio: dict[str, Any]) -> bool:
+    return Ratio(*(ratio[name] for name in ("value", "low", "high", "pairs"))).differs
 
 
 def speed(comparison: dict[str, Any]) -> dict[str, Any] | None:
@@ -88,7 +92,7 @@ def suspicious(comparison: dict[str, Any]) -> bool:
     """A difference in speed that another training was paid for."""
     ratio = speed(comparison)
     same = comparison.get("same_training")
-    return bool(ratio and ratio["differs"] and same and not same["same"])
+    return bool(ratio and differs(ratio) and same and not same["same"])
 
 
 def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -112,7 +116,7 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
 def _pace(ratio: dict[str, Any]) -> str:
     if ratio["pairs"] < 2:
         return f"x {ratio['value']:.2f} as fast, one pair says nothing of chance"
-    return f"{said(ratio)} as fast" if ratio["differs"] else said(ratio)
+    return f"{said(ratio)} as fast" if differs(ratio) else said(ratio)
 
 
 def brief(row: dict[str, Any]) -> str:

@@ -52,11 +52,12 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe, chosen.source)
     run = prepare.prepare(recipe, None, recipe.options, settings.seed, folder, settings.max_length, None)
     renderer = Renderer(tokenizer, recipe.stop_phrase)
-    kept, rendered, _ = train.render_all(
-        renderer, train.examples(recipe, run, "train"), settings.max_length, "the training split"
-    )
+    from recipes.stages.tokens import tokens_of
+
+    read = tokens_of(renderer, train.examples(recipe, run, "train"), settings.max_length, "the training split")
+    rendered = [Rendered(**row) for row in read.table.to_pylist()]
     steps = settings.max_steps
-    rows = in_order(recipe, args.balance, kept, rendered, settings, steps)
+    rows = in_order(recipe, args.balance, read.items, rendered, settings, steps)
 
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -117,7 +117,7 @@ def _comparison(arm: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any
             both = [(a.get(phase, {}).get(name), b.get(phase, {}).get(name)) for a, b in pairs]
             if all(a and b for a, b in both):
                 ratio = paired_ratio([a for a, _ in both], [b for _, b in both])
-                found[phase][name] = {**asdict(ratio), "differs": ratio.differs}
+                found[phase][name] = asdict(ratio)
     found["unlike"] = [
         f"{name}: {a['choice'][name]} / {b['choice'][name]}"
         for a, b in pairs[:1]

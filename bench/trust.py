@@ -19,7 +19,7 @@ import tyro
 from bench.case import Grid, arms
 from bench.compare import Compare, flags, named
 from bench.launch import finished, sweep
-from bench.report import deliver, said
+from bench.report import deliver, differs, said
 from bench.statistics import RATIO_LEVEL
 from bench.summary import summarise
 from recipes.stages.console import say
@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> None:
                 ratio = one(asked, run, Path(folder) / f"{kind}-{run}", args.planted if kind == "planted" else 0.0)
                 found[kind].append(ratio)
                 say(f"{run + 1:>3}/{args.runs}  {kind:<8} step time {said(ratio)}")
-    alarms = sum(ratio["differs"] for ratio in found["equal"])
-    hits = sum(ratio["differs"] and ratio["value"] > 1 for ratio in found["planted"])
+    alarms = sum(differs(ratio) for ratio in found["equal"])
+    hits = sum(differs(ratio) and ratio["value"] > 1 for ratio in found["planted"])
     summary = {
         "command": shlex.join(["python", "-m", "bench", "trust", *arguments]),
         "environment": environment(),

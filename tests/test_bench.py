@@ -34,6 +34,9 @@ def test_prepare(command: Command) -> None:
         assert len(found["seconds"][kind]) == 2
         assert found[f"ratio_to_{kind}"] > 0
     assert 10e6 < found["prepare_peak_resident_bytes"] < 450e6
+    # Each first training renders, and each later one finds what it left.
+    assert all(len(found["seconds"][kind]) == 2 for kind in ("tokens", "tokens_again"))
+    assert found["tokens_peak_resident_bytes"] > 10e6
 
 
 def test_answers(command: Command) -> None:

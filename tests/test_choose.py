@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, recipe
 
 from fallback import choose as choosing
 from fallback import components, probe
 from fallback.cards import card
 from fallback.choose import CannotRun, choose
 from fallback.torch_build import TorchBuild
+from recipes.stages import fine_tune
 from recipes.stages.base_model import Chosen
+from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
 
 CU126 = TorchBuild("2.14.1+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
@@ -197,6 +199,24 @@ def test_a_small_model_does_not_wait_for_a_compiler(size: Any, backend: str) -> 
     assert ("compile for longer" in found.reasons["backend"]) == (size != "full")
     assert tried_out(chosen, None) == {}, "without a GPU there is another reason"
     assert choose("llama", "unsloth", gpu=gpu, build=CU130, failed=tried_out(chosen, gpu)).backend == "unsloth"
+
+
+def test_a_training_asks_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def until_here(*_: Any, **given: Any) -> None:
+        asked.update(given)
+        raise CannotRun("that is all")
+
+    monkeypatch.setattr(fine_tune, "usable_gpu", lambda: card("H100"))
+    monkeypatch.setattr(fine_tune, "choose", until_here)
+    here = recipe("llama_1b_civil")
+    for size, told in (("tiny", {"unsloth"}), ("full", set())):
+        given = ["--size", size, "--weights", "random", "--run", str(tmp_path / "run")]
+        with pytest.raises(CannotRun, match="that is all"):
+            fine_tune.fine_tune(here, parse_train(here, "train", given))
+        assert asked["failed"].keys() == told
+    assert not (tmp_path / "run").exists()
 
 
 def test_gemma_2_caps_its_scores() -> None:

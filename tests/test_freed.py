@@ -19,7 +19,7 @@ NAME = "gemma3_12b_opercode"
 FLAGS = ("--size", "tiny", "--backend", "peft", "--max-steps", "5", "--eval-rows", "12", "--early-stopping", "off")
 
 
-@pytest.mark.parametrize("way", ["command", "bench"])
+@pytest.mark.parametrize("way", ["command", "compare", "classify"])
 def test_one_model_at_a_time(way: str) -> None:
     assert found_under(way, __file__) == {"passed over": True, "while training": 1, "before answering": 0}
 
@@ -37,7 +37,7 @@ def test_nobody_else_s_objects_are_passed_over() -> None:
 
 def models_seen(way: str, folder: Path) -> dict[str, int]:
     """How many trainable models are there, when steps are taken and when another is about to be loaded."""
-    from recipes.stages import loading, train
+    from recipes.stages import loading, tokens
 
     found: dict[str, int] = {}
 
@@ -57,13 +57,18 @@ def models_seen(way: str, folder: Path) -> dict[str, int]:
         return counted
 
     loading.load_to_answer = before("before answering", loading.load_to_answer)
-    train.render_all = before("while training", train.render_all)
+    tokens.tokens_of = before("while training", tokens.tokens_of)
     recipe = importlib.import_module(f"recipes.{NAME}").RECIPE
     if way == "command":
         from recipes.stages.cli import main
 
         with pytest.raises(SystemExit):
             main(recipe, [*FLAGS, "--run", str(folder)])
+    elif way == "classify":
+        leave_out.the_process_is_ours()
+        from bench.classify import main as classify
+
+        classify(["--size", "tiny", "--steps", "5", "--classes", "4", "--texts", "8", "--repeats", "1"])
     else:
         leave_out.the_process_is_ours()
         from bench.case import Case

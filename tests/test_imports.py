@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, ROOT
 
-HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "sklearn", "matplotlib"}
+HEAVY = {
+    "torch", "transformers", "trl", "peft", "unsloth", "datasets", "sklearn", "matplotlib", "numpy", "pyarrow",
+    "pandas",
+}  # fmt: skip
 
 
 def imported_modules(source: str) -> set[str]:

@@ -217,6 +217,7 @@ def check(backend: str) -> dict[str, Any]:
     from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.losses import Objective, draws
     from recipes.stages.processes import Team
+    from recipes.stages.tokens import table_of
     from recipes.stages.trainer import RecipeTrainer
     from recipes.stages.validation import AnswerValidation
 
@@ -255,7 +256,7 @@ def check(backend: str) -> dict[str, Any]:
             objective=Objective.of(SIZES, balance) if objective else None,
             model=model.network,
             args=arguments,
-            train_dataset=dataset(rendered, classes if objective else None),  # type: ignore[arg-type]
+            train_dataset=dataset(table_of(rendered), classes if objective else None),
             processing_class=model.tokenizer,
             data_collator=collate,
             # The reference is TRL's own way through its loss.

@@ -6,18 +6,20 @@ once: its loss is a sum, divided by what the whole step holds.
 Import this after a backend has loaded its libraries.
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from recipes.stages.callbacks import Watch
 from recipes.stages.folding import by_example, folded
 from recipes.stages.processes import Team
 from recipes.stages.recipe import Settings
-from recipes.stages.render import IGNORED, Rendered
+from recipes.stages.render import IGNORED
 
 
 class Drawn(torch.utils.data.Sampler[int]):
@@ -140,18 +142,17 @@ def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return by_example((batch["labels"][:, 1:] != IGNORED).long(), batch.get("fold"))
 
 
-def dataset(rendered: list[Rendered], classes: Sequence[int] | None = None, filler: bool = False) -> Any:
+def dataset(table: pa.Table, classes: Sequence[int] | None = None, filler: bool = False) -> Any:
     """With a filler: a last row, not drawn, that carries no loss."""
     from datasets import Dataset
 
     if filler:
-        shortest = min(rendered, key=lambda r: len(r.input_ids))
-        rendered = [*rendered, replace(shortest, labels=[IGNORED] * len(shortest.labels))]
+        shortest = pc.list_value_length(table["input_ids"]).to_numpy().argmin()
+        (ids,) = table["input_ids"][shortest : shortest + 1].to_pylist()
+        last = pa.table({"input_ids": [ids], "labels": [[IGNORED] * len(ids)]}, table.schema)
+        table = pa.concat_tables([table, last])
         classes = None if classes is None else [*classes, 0]
-    columns: dict[str, Any] = {
-        "input_ids": [r.input_ids for r in rendered],
-        "labels": [r.labels for r in rendered],
-    }
     if classes is not None:
-        columns["class"] = list(classes)
-    return Dataset.from_dict(columns)
+        table = table.append_column("class", pa.array(classes, pa.int32()))
+    # It would pickle all of the table to make one up.
+    return Dataset(table, fingerprint=secrets.token_hex(8))

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.stages.recipe import Example, Message, UserError
 
 IGNORED = -100
+SOURCE = Path(__file__).read_bytes()
+"""What this process makes tokens by, whatever the file says later."""
 # Private-use characters: no template trims, doubles or compares them.
 _STAND_IN = re.compile("\ue000(\\d+)\ue001")
 # Rows whose texts go through the tokenizer in one call.
@@ -43,6 +46,8 @@ class Rendered:
 
 class Renderer:
     def __init__(self, tokenizer: Any, stop_phrase: str | None = None):
+        if not tokenizer.is_fast:
+            raise UserError("this tokenizer is written in Python; use the model's fast tokenizer (tokenizer.json)")
         self.tokenizer = tokenizer
         self.stop_phrase = stop_phrase
         self.control = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)

@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from recipes.stages.checkpoint import step_of
 from recipes.stages.console import duration, progress, say
 from recipes.stages.loading import load_for_training, save_adapter
 from recipes.stages.recipe import Balance, Example, Interrupted, Recipe, Settings, UserError
-from recipes.stages.render import Rendered, Renderer
+from recipes.stages.render import Renderer
 from recipes.stages.resume import data_digest
 from recipes.stages.run import BrokenFile, Run, read_jsonl, write_json, write_whole
 from recipes.stages.stopping import EarlyStopping
@@ -99,26 +99,6 @@ def evaluated_every(steps: int, settings: Settings, validation: Any) -> int:
     return math.ceil(steps / evaluations(steps, trained, len(validation.items)))
 
 
-def render_all(
-    renderer: Renderer, items: Iterable[Example], max_length: int, what: str
-) -> tuple[list[Example], list[Rendered], dict[str, int]]:
-    """The examples that fit, their tokens, and how many had to be shortened or left out."""
-    items = list(items)
-    kept: list[Example] = []
-    rendered: list[Rendered] = []
-    shortened = 0
-    with progress(f"reading {what}", "examples") as bar:
-        task = bar.add_task("", total=len(items))
-        for example, tokens in zip(items, renderer.examples(items, max_length), strict=True):
-            if tokens is not None:
-                kept.append(example)
-                rendered.append(tokens)
-                shortened += tokens.cut_tokens > 0
-            bar.advance(task)
-    left_out = len(items) - len(rendered)
-    return kept, rendered, {"examples": len(rendered), "shortened": shortened, "left_out": left_out}
-
-
 # Steps from which the time of the whole training is estimated first.
 _FIRST_STEPS = 5
 
@@ -145,12 +125,12 @@ def train(
     from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
     from recipes.stages.losses import Objective, draws
+    from recipes.stages.tokens import tokens_of
     from recipes.stages.trainer import RecipeTrainer
 
-    items, rendered, counts = render_all(
-        model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split"
-    )
-    if not rendered:
+    read = tokens_of(model.renderer, examples(recipe, run, "train"), settings.max_length, "the training split")
+    items, counts = read.items, read.counts
+    if not items:
         raise UserError(f"no training example fits into {settings.max_length} tokens; raise --max-length")
     if counts["shortened"] or counts["left_out"]:
         say(
@@ -257,10 +237,10 @@ def train(
             run=run,
             steps=Steps(
                 Drawn(classes, drawn, settings.seed),
-                [len(r.input_ids) for r in rendered],
+                read.lengths,
                 settings,
                 team,
-                filler=len(rendered),
+                filler=len(items),
             ),
             objective=objective,
             own_loss=choice.backend != "unsloth",
@@ -268,8 +248,8 @@ def train(
             model=model.network,
             # Whoever looks on is told of memory and energy, which an evaluation in between would make its own.
             args=sft_arguments(settings, choice, run, steps, validation, often=watch is None),
-            train_dataset=dataset(rendered, classes if objective else None, filler=team.size > 1),
-            eval_dataset=dataset(rendered[:1]),
+            train_dataset=dataset(read.table, classes if objective else None, filler=team.size > 1),
+            eval_dataset=dataset(read.table[:1]),
             processing_class=model.tokenizer,
             data_collator=batches,
             callbacks=[record, checks, *([watched] if watched else []), safe, *([stop] if stop else [])],
