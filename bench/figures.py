@@ -218,7 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
     "gpu": on_a_gpu, "train": partial(trained, "train.json"), "civil": partial(trained, "train_civil.json"),
-    "dropout": partial(trained, "train_dropout.json"),
+    "chat": partial(trained, "train_chat.json"), "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 
