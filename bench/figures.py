@@ -185,7 +185,7 @@ def trained(file: str) -> str:
     for name, of in found["recipes"].items():
         best, dtype = of["best_other"], of["dtype"]
         parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
-        told = [f"{arm}: {report.said(of['arms'][arm]['ours_to_this'])}" for arm in ("trl", best)]
+        told = [f"{arm}: {report.said(of['arms'][arm]['ours_to_this'])}" for arm in dict.fromkeys(("trl", best))]
         parts.append(f"How fast ours is to TRL with loss on answers and to the best of the others, {'; '.join(told)}.")
     env = found["environment"]
     made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"
