@@ -92,7 +92,7 @@ class Train(Generic[Options, Balancing]):
     model: str | None = None
     """Another base model, by hub id or folder."""
     backend: Backend = "auto"
-    """auto takes Unsloth where it runs and steps down to plain PEFT where not, and says why."""
+    """auto takes Unsloth for full-size models on a GPU that it runs on, else peft+liger or plain PEFT, and says why."""
     resume: bool = False
     """Go on with the training in --run, or with the newest that did not come to its end."""
     accept_changes: bool = False
