@@ -82,8 +82,8 @@ def other_examples() -> dict[str, list[Example]]:
         "another answer": conversation(system, question, Message("assistant", "10152")),
         "another role": conversation(Message("user", "Codes."), Message("assistant", question.content)),
         "a turn more": conversation(system, question, answer, question, answer),
-        # The same letters one after the other.
-        "another border": conversation(Message("system", "Codes.p"), Message("user", question.content[1:]), answer),
+        # The same letters one after the other: the template puts a system text there too.
+        "another border": conversation(Message("user", f"Codes.\n\n{question.content}"), answer),
     }
 
 
