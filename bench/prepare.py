@@ -1,7 +1,7 @@
 """Preparing a bank's export against writing the same bytes: time, ratio and memory; and reading its tokens, before a
 first training and before a later one.
 
-Every repetition is a process of its own; the two kinds take turns. Timed is the work itself, without the
+Every repetition is a process of its own; the kinds take turns. Timed is the work itself, without the
 interpreter's start. The baselines have all lines in memory and write them with one write() each: as text, which is
 what open() gives, and as bytes. What a single write() of each whole file takes is told beside them, and is what the
 disk and the page cache can do at best.
@@ -135,12 +135,12 @@ def worker(kind: str, source: str, run: str) -> None:
 
         # This project's own, which needs no download.
         tokenizer = load_tokenizer(RECIPE, settle(RECIPE, "tiny", "random").source)
-        tokens.KEPT = Path(run) / "kept"
+        tokens.CACHE = Path(run) / "kept"
         began = time.perf_counter()
         items = train.examples(RECIPE, Run(Path(run)), "train")
         read = tokens.tokens_of(Renderer(tokenizer, RECIPE.stop_phrase), items, RECIPE.settings.max_length, kind)
         assert len(read.items) == read.table.num_rows > 0
-        assert len(list(tokens.KEPT.iterdir())) == 1, "a later training did not find what an earlier one had left"
+        assert len(list(tokens.CACHE.iterdir())) == 1, "a later training did not find what an earlier one had left"
     else:
         files = [path for path in (Path(run) / "data").iterdir() if path.suffix in (".csv", ".jsonl")]
         parts = [(path.name, pieces(path, kind)) for path in files]

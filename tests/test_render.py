@@ -164,3 +164,11 @@ def test_a_template_without_an_end_marker_is_refused(tokenizers: Tokenizers) -> 
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(UserError, match="never learn to stop"):
         Renderer(tokenizer).example(Example((Message("user", "a"), Message("assistant", "b"))))
+
+
+def test_a_tokenizer_that_is_written_in_python_is_refused() -> None:
+    """Nothing tells its state as a whole, by which kept tokens are found again."""
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(UserError, match="written in Python"):
+        Renderer(ByT5Tokenizer())

@@ -36,7 +36,7 @@ LENGTH = 60
 
 @pytest.fixture
 def renderer(tokenizers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Renderer:
-    monkeypatch.setattr(tokens, "KEPT", tmp_path / "tokens")
+    monkeypatch.setattr(tokens, "CACHE", tmp_path / "tokens")
     return Renderer(tokenizers(NAME), recipe(NAME).stop_phrase)
 
 
@@ -45,7 +45,7 @@ def read(renderer: Renderer, examples: list[Example] = EXAMPLES, length: int = L
 
 
 def kept() -> list[Path]:
-    return sorted(tokens.KEPT.iterdir())
+    return sorted(tokens.CACHE.iterdir())
 
 
 def test_what_is_kept_is_what_was_rendered(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_another_tokenizer_template_length_or_stop_phrase_is_another_file(render
     roles.bos_token = roles.eos_token
     others = [Renderer(words), Renderer(template), Renderer(roles), Renderer(renderer.tokenizer, "(the end)")]
     for number, other in enumerate(others, 2):
-        assert (number, read(other).table.to_pylist()) != (number, before)
+        assert read(other).table.to_pylist() != before, number
         assert len(kept()) == number
     read(renderer, length=LENGTH + 1)
     assert len(kept()) == 6
@@ -155,8 +155,8 @@ def test_where_nothing_can_be_kept_a_training_reads_all_the_same(
     before = read(renderer).table.to_pylist()
     for path in kept():
         path.unlink()
-    tokens.KEPT.rmdir()
-    tokens.KEPT.write_text("a file where the folder would be")
+    tokens.CACHE.rmdir()
+    tokens.CACHE.write_text("a file where the folder would be")
     assert read(renderer).table.to_pylist() == before
     assert "are not kept" in capsys.readouterr().err
 
@@ -181,9 +181,9 @@ def last_used(path: Path, when: float) -> Path:
 
 
 def added(renderer: Renderer, length: int) -> Path:
-    before = set(tokens.KEPT.glob("*.arrow"))
+    before = set(tokens.CACHE.glob("*.arrow"))
     read(renderer, length=length)
-    (path,) = set(tokens.KEPT.glob("*.arrow")) - before
+    (path,) = set(tokens.CACHE.glob("*.arrow")) - before
     return path
 
 
@@ -199,12 +199,12 @@ def test_what_was_used_last_stays(renderer: Renderer, monkeypatch: pytest.Monkey
 def test_a_table_that_is_too_large_is_not_kept(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "_MOST_BYTES", 100)
     assert read(renderer).items
-    assert not tokens.KEPT.exists()
+    assert not tokens.CACHE.exists()
 
 
 def test_what_a_killed_training_left_goes_after_a_day(renderer: Renderer) -> None:
     first = added(renderer, LENGTH)
-    being_written, left = (tokens.KEPT / f".{first.name}.{name}" for name in "ab")
+    being_written, left = (tokens.CACHE / f".{first.name}.{name}" for name in "ab")
     for path in (being_written, left):
         path.write_bytes(b"half a table")
     last_used(left, 1000)
@@ -215,7 +215,7 @@ def test_what_a_killed_training_left_goes_after_a_day(renderer: Renderer) -> Non
 def test_one_process_of_several_keeps(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens.processes, "rank", lambda: 1)
     assert read(renderer).items
-    assert not tokens.KEPT.exists()
+    assert not tokens.CACHE.exists()
 
 
 def test_tokens_stay_where_they_are_kept(renderer: Renderer) -> None:

@@ -154,5 +154,5 @@ def dataset(table: pa.Table, classes: Sequence[int] | None = None, filler: bool 
         classes = None if classes is None else [*classes, 0]
     if classes is not None:
         table = table.append_column("class", pa.array(classes, pa.int32()))
-    # It would pickle all of the table to make one up.
+    # Without a name, datasets would pickle the whole table to find one.
     return Dataset(table, fingerprint=secrets.token_hex(8))

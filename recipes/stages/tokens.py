@@ -29,7 +29,7 @@ from recipes.stages.recipe import Example
 from recipes.stages.render import SOURCE, Rendered, Renderer
 from recipes.stages.run import replacing
 
-KEPT = Path(__file__).parents[2] / ".cache" / "tokens"
+CACHE = Path(__file__).parents[2] / ".cache" / "tokens"
 # What was used last stays.
 _MOST_BYTES = 4 * 2**30
 _ROWS = 10_000
@@ -52,12 +52,12 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(renderer: Renderer, items: Sequence[Example], max_length: int, what: str) -> Tokens:
-    path = KEPT / f"{_key(renderer, items, max_length)}.arrow"
+    path = CACHE / f"{_key(renderer, items, max_length)}.arrow"
     table = _mapped(path)
     if table is None:
         with progress(f"reading {what}", "examples") as bar:
             table = table_of(bar.track(renderer.examples(items, max_length), total=len(items), description=""))
-        # Of several processes one writes, and all have what it writes.
+        # Every process of several has made the same; one writes it.
         if processes.rank() == 0 and table.nbytes <= _MOST_BYTES:
             table = _keep(table, path) or table
     else:
@@ -143,7 +143,7 @@ def _keep(table: pa.Table, path: Path) -> pa.Table | None:
 
 def _forget_old() -> None:
     used = 0
-    for path in sorted(KEPT.iterdir(), key=_last_used, reverse=True):
+    for path in sorted(CACHE.iterdir(), key=_last_used, reverse=True):
         with suppress(OSError):
             # What somebody else is about to put in place, or never will: a training was killed as it wrote.
             if path.suffix != ".arrow":
