@@ -3,6 +3,9 @@
 TRL 1.15 computes its loss through ChunkedLogProbFunction, a Triton kernel: it dies on a CPU ("0 active
 drivers") and on GPUs below compute capability 7.0. This is the same function in plain torch. TRL hands it the
 supervised positions only, so an answer of three tokens costs three rows of logits.
+
+How a log-probability changes with its hidden state does not depend on what it is used for. So that is computed while
+the logits are there, and they are not computed a second time for the gradients. The head itself is never trained here.
 """
 
 from typing import Any
@@ -58,66 +61,49 @@ class PortableLogProb(torch.autograd.Function):
             for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
             if name in outputs
         }
-        rows = _rows(weight.shape[0])
+        wanted, *trained = ctx.needs_input_grad[:3]
+        if any(trained):
+            raise NotImplementedError("a head that is trained itself")
+        slopes = torch.empty_like(hidden) if wanted else None
+        rows, head = _rows(weight.shape[0]), weight.to(dtype)
         for start in range(0, count, rows):
             piece = slice(start, start + rows)
-            logits = _logits(hidden[piece].to(dtype), weight.to(dtype), _cast(bias, dtype), scale, cap)
+            logits = _logits(hidden[piece].to(dtype), head, _cast(bias, dtype), scale, cap)
             target = targets[piece]
-            norm = logits.logsumexp(-1)
-            chosen = logits.gather(-1, target[:, None]).squeeze(-1)
-            log_probs[piece] = chosen - norm
-            if "is_top1" in extra:
-                extra["is_top1"][piece] = logits.argmax(-1) == target
             if "mean_logits" in extra:
                 extra["mean_logits"][piece] = logits.mean(-1)
-            if "log_sum_sq_probs" in extra:
-                extra["log_sum_sq_probs"][piece] = (2 * logits).logsumexp(-1) - 2 * norm
-            if "entropy" in extra:
-                # H = log Z - E[z]; the probabilities overwrite the logits, which are not needed any more.
-                expected = (logits.sub(norm[:, None]).exp_().mul_(logits)).sum(-1)
-                extra["entropy"][piece] = norm - expected
+            # d cap tanh(z / cap) / d z
+            steepness = (logits / cap).square_().neg_().add_(1) if cap and slopes is not None else None
+            log_p = logits.log_softmax(-1)
             del logits
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.dtype, ctx.scale, ctx.cap = dtype, scale, cap
+            log_probs[piece] = log_p.gather(-1, target[:, None]).squeeze(-1)
+            if "is_top1" in extra:
+                extra["is_top1"][piece] = log_p.argmax(-1) == target
+            if "log_sum_sq_probs" in extra:
+                extra["log_sum_sq_probs"][piece] = (2 * log_p).logsumexp(-1)
+            if "entropy" in extra:
+                extra["entropy"][piece] = -log_p.exp().mul_(log_p).sum(-1)
+            if slopes is not None:
+                # d log p(target) / d z = onehot - softmax
+                grad = log_p.exp_().neg_()
+                grad[torch.arange(len(grad), device=grad.device), target] += 1
+                if steepness is not None:
+                    grad *= steepness
+                if scale != 1.0:
+                    grad *= scale
+                del steepness
+                slopes[piece] = (grad.to(dtype) @ head).to(slopes.dtype)
+                del grad
+            del log_p
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(*extra.values())
         return log_probs, *(extra.get(n) for n in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        cast_weight = weight.to(ctx.dtype)
-        rows = _rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            piece = slice(start, start + rows)
-            here = hidden[piece].to(ctx.dtype)
-            logits = _logits(here, cast_weight, _cast(bias, ctx.dtype), ctx.scale, ctx.cap)
-            slope = (1 - (logits / ctx.cap) ** 2) if ctx.cap else None
-            # d log p(target) / d z = onehot - softmax
-            grad = logits.softmax(-1).neg_()
-            del logits
-            grad[torch.arange(grad.shape[0], device=grad.device), targets[piece]] += 1
-            grad *= grad_log_probs[piece, None].float()
-            if slope is not None:
-                grad *= slope
-            if ctx.scale != 1.0:
-                grad *= ctx.scale
-            grad = grad.to(ctx.dtype)
-            if grad_hidden is not None:
-                grad_hidden[piece] = (grad @ cast_weight).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += (grad.T @ here).float()
-            if grad_bias is not None:
-                grad_bias += grad.float().sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            *[None] * 6,
-        )
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grad_log_probs[:, None]).to(slopes.dtype), *[None] * 8
 
 
 def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

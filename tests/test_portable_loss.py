@@ -49,8 +49,10 @@ def test_values_and_gradients(
     # Chunks of five rows, so that several of them and a shorter last one occur.
     monkeypatch.setattr(portable_loss, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
     hidden, weight, offset, targets = inputs(bias)
-    leaves = [t.requires_grad_() for t in (hidden, weight, offset) if t is not None]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
+    hidden.requires_grad_()
+    exact, *head = [None if t is None else t.detach().double() for t in (hidden, weight, offset)]
+    assert exact is not None
+    exact.requires_grad_()
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     got = dict(
         zip(
@@ -59,22 +61,40 @@ def test_values_and_gradients(
             strict=True,
         )
     )
-    wanted = reference(exact[0], exact[1], exact[2] if bias else None, targets, temperature, softcap, scale)
+    wanted = reference(exact, *head, targets, temperature, softcap, scale)
     for name in names:
         torch.testing.assert_close(got[name].double(), wanted[name].double(), rtol=1e-4, atol=3e-5)
     slopes = torch.linspace(-1, 2, TOKENS)
     (got["log_probs"] * slopes).sum().backward()
     (wanted["log_probs"] * slopes).sum().backward()
-    for leaf, other in zip(leaves, exact, strict=True):
-        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
+def test_a_head_that_is_trained_is_refused() -> None:
     hidden, weight, _, targets = inputs(False)
-    hidden.requires_grad_()
-    PortableLogProb.apply(hidden, weight, None, targets)[0].sum().backward()
-    assert hidden.grad is not None
-    assert weight.grad is None
+    with pytest.raises(NotImplementedError, match="trained"):
+        PortableLogProb.apply(hidden, weight.requires_grad_(), None, targets)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "matmul", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_are_computed_once(trained: bool) -> None:
+    hidden, weight, _, targets = inputs(False)
+    with Products() as seen:
+        found = PortableLogProb.apply(hidden.requires_grad_(trained), weight, None, targets)[0]
+        if trained:
+            found.sum().backward()
+    # The second is their way back to the hidden states.
+    assert seen.count == 1 + trained
 
 
 def test_no_tokens_at_all() -> None:
