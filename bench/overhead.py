@@ -91,7 +91,9 @@ class Beside(TrainingMeter):
             masses = [trainer.objective.mass(supervised(batch), batch["class"]) for batch in batches]
             count = torch.stack(masses).sum()
         for batch in batches:
-            ready = trainer._prepare_inputs(folded(batch) if trainer.data_collator.fold else batch)
+            collator = trainer.data_collator
+            laid_out = folded(batch, collator.rounded) if collator.fold else batch
+            ready = trainer._prepare_inputs(laid_out)
             with understood(trainer.model, ready) as ready:
                 trainer.compute_loss(trainer.model, ready, num_items_in_batch=count).backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], args.max_grad_norm)

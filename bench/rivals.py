@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
-from fallback import passes
 from fallback.choose import choose
 from fallback.patched import patched
 from recipes.stages import cli, loading, prepare, train
@@ -44,7 +43,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     chosen = settle(recipe, args.size, args.weights, args.model)
     choice = choose(
         model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer,
-        attention=settings.attention, dtype=settings.dtype,
+        attention=settings.attention, dtype=settings.dtype, much_to_multiply=chosen.size != "tiny",
     )  # fmt: skip
     backend = choice.library()
     backend.import_libraries(choice)
@@ -75,7 +74,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
     if choice.device == "cpu" and compiled != (case.arm == "unsloth-compiled"):
         raise RuntimeError(f"{case.arm}: its layers are {'' if compiled else 'not '}compiled")
-    if ours := [name for name in patched(network) if passes.__name__ in name]:
+    if ours := [name for name in patched(network) if "fallback." in name]:
         raise RuntimeError(f"{case.arm}: its layers are ours, {ours}")
     everything = case.arm == "trl-everything"
     columns: dict[str, Any] = {"input_ids": [r.input_ids for r in rows]}

@@ -40,9 +40,11 @@ def main() -> None:
 
 
 def chosen(gpu: Gpu | None, build: TorchBuild | None) -> dict[str, Choice]:
-    """By architecture, for a recipe that asks for 4 bits and the paged optimiser."""
+    """By architecture, for training a model that is not tiny, with 4 bits and the paged optimiser."""
     return {
-        name: choose(name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build)
+        name: choose(
+            name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build, much_to_multiply=True
+        )
         for name in ARCHITECTURES
     }
 

@@ -7,11 +7,11 @@ import ctypes
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
 
-from fallback import components
+from fallback import components, cpu
 from fallback.gpu import Gpu, read_gpu
 from fallback.probe import Failed
 from fallback.torch_build import TorchBuild, read_build, unusable
@@ -77,6 +77,11 @@ class Choice:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         return importlib.import_module(_MODULES[self.backend])
 
+    def to_answer(self) -> "Choice":
+        """What answers are computed with: on a CPU in the most exact way, unless another was named."""
+        named = self.reasons.get("dtype", "").startswith("--dtype")
+        return self if named or self.device != "cpu" else replace(self, dtype="float32")
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -105,10 +110,12 @@ def choose(
     dtype: Dtype = "auto",
     build: TorchBuild | None = None,
     failed: Mapping[str, str] | None = None,
+    much_to_multiply: bool = False,
 ) -> Choice:
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. Without
     `build` this machine's GPU is judged by the installed torch, and a described one by a torch that fits it. `failed`
-    are backends that were tried and died, each with how."""
+    are backends that were tried and died, each with how. `much_to_multiply` is the training of a model that is not
+    tiny: there a processor's fastest products are worth their roundings."""
     if gpu == "read":
         gpu = read_gpu()
         if gpu is not None and build is None:
@@ -124,7 +131,7 @@ def choose(
     if idle:
         gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
-    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype)
+    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype, much_to_multiply)
     chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, chosen_dtype)
 
     eight_bit = quantization == "8bit"
@@ -207,7 +214,9 @@ def _attention(
     return wanted, f"--attention {wanted}"
 
 
-def _dtype(gpu: Gpu | None, model_type: str, wanted: Dtype) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
+def _dtype(
+    gpu: Gpu | None, model_type: str, wanted: Dtype, much_to_multiply: bool
+) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
     if wanted != "auto":
         obstacle = None
         if wanted == "float16" and gpu is None:
@@ -220,7 +229,10 @@ def _dtype(gpu: Gpu | None, model_type: str, wanted: Dtype) -> tuple[Literal["bf
             raise CannotRun(f"--dtype {wanted} cannot run here: {obstacle}. Use --dtype auto")
         return wanted, f"--dtype {wanted}"
     if gpu is None:
-        # Emulated bfloat16 would be slower than float32, and these models are small.
+        instructions = cpu.bfloat16()
+        if instructions and much_to_multiply:
+            return "bfloat16", f"this processor multiplies it by {instructions}; answers are computed in float32"
+        # Emulated bfloat16 would be slower, and a tiny model is small products with much beside them.
         return "float32", "CPUs compute float32 at full speed, and it is the most exact"
     if gpu.bf16:
         return "bfloat16", "in hardware from compute capability 8.0"

@@ -39,6 +39,9 @@ def teach(network: Any) -> None:
     """A network with LoRA, in place."""
     from peft.tuners.lora import LoraLayer
 
+    from fallback import attention
+
+    attention.teach(network)
     for module in network.modules():
         if isinstance(module, LoraLayer):
             if _is_plain(module):
@@ -93,33 +96,35 @@ def put_together(network: Any) -> str | None:
     return None
 
 
-def unpack(network: Any) -> str | None:
-    """For training in float32: 4-bit weights as the numbers that they stand for, kept beside them. They are unpacked in
-    every forward and every backward pass otherwise, to the same numbers, so that no digit moves. Returns why not."""
+def unpack(network: Any, dtype: str) -> str | None:
+    """For training: 4-bit weights as the numbers that they stand for, kept beside them. They are unpacked in every
+    forward and every backward pass otherwise, to the same numbers, so that no digit moves. Returns why not."""
+    wanted = getattr(torch, dtype)
     # No text goes through a vision tower.
     named = [m for name, m in network.named_modules() if type(m).__name__ in _PACKED and "vision" not in name]
-    layers = [layer for layer in named if "weight" in layer._parameters and _in_float32(layer)]
+    layers = [layer for layer in named if "weight" in layer._parameters and _computed_as(layer, wanted)]
     # Every process of this machine keeps its own. `put_together` does not ask how many there are: its digits differ.
-    if why_not := _too_large(layers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+    if why_not := _too_large(layers, wanted.itemsize * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         return why_not
     for layer in layers:
-        layer.unpacked = numbers_of(layer, torch.float32)
+        layer.unpacked = numbers_of(layer, wanted)
         layer.forward = MethodType(unpacked_forward, layer)
     return None
 
 
 def unpacked_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, self.unpacked, self.bias)
+    bias = None if self.bias is None else self.bias.to(self.unpacked.dtype)
+    return functional.linear(x.to(self.unpacked.dtype), self.unpacked, bias).to(x.dtype)
 
 
-def _in_float32(layer: Any) -> bool:
+def _computed_as(layer: Any, dtype: torch.dtype) -> bool:
     """A checkpoint that was quantised by others may say that it is computed in another precision."""
     state = getattr(layer.weight, "quant_state", None)
-    return layer.compute_dtype in (None, torch.float32) and (state is None or state.dtype == torch.float32)
+    return layer.compute_dtype in (None, dtype) and (state is None or state.dtype == dtype)
 
 
-def _too_large(layers: Sequence[Any], copies: int = 1) -> str | None:
-    wanted, memory = copies * sum(4 * layer.in_features * layer.out_features for layer in layers), memory_bytes()
+def _too_large(layers: Sequence[Any], each: int = 4) -> str | None:
+    wanted, memory = each * sum(layer.in_features * layer.out_features for layer in layers), memory_bytes()
     if wanted <= memory // 4:
         return None
     return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"

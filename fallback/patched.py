@@ -8,7 +8,9 @@ from typing import Any
 
 PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
 # Ours, under plain PEFT.
-_OWN = "fallback.passes"
+_OWN = ("fallback.passes", "fallback.attention")
+ATTEND = "attend_by"
+"""What a module calls the attention that fallback.attention taught it."""
 
 
 def patched(network: Any, trainer: Any = None) -> dict[str, int]:
@@ -21,12 +23,15 @@ def patched(network: Any, trainer: Any = None) -> dict[str, int]:
             if _foreign(owner):
                 found[f"{type(module).__name__}: {_name(owner)}"] += 1
                 break
+        if attend := vars(module).get(ATTEND):
+            found[f"{type(module).__name__}: {_name(attend)}"] += 1
         if hasattr(module, "neftune_noise_alpha") and module._forward_hooks:
             found[f"{type(module).__name__}: NEFTune noise, alpha {module.neftune_noise_alpha:g}"] += 1
     base = network.get_base_model() if hasattr(network, "get_base_model") else network
     for module_name in {type(module).__module__ for module in base.modules() if _is_model_code(type(module))}:
         for name, value in vars(sys.modules[module_name]).items():
-            if callable(value) and not isinstance(value, type) and _foreign(value):
+            # Ours asks each module, which is told of above.
+            if callable(value) and not isinstance(value, type) and _foreign(value) and not hasattr(value, "asks"):
                 found[f"{module_name.rpartition('.')[2]}.{name}: {_name(value)}"] += 1
     for kind in type(trainer).__mro__ if trainer is not None else ():
         replaced = [value for value in vars(kind).values() if callable(value) and _foreign(value)]
@@ -75,7 +80,7 @@ def _foreign(value: Any) -> bool:
     module = str(getattr(value, "__module__", ""))
     library = module.partition(".")[0]
     # What Unsloth compiles on a GPU stands in modules that it writes itself, unsloth_compiled_module_….
-    return module == _OWN or library in PATCHERS or library.startswith(("unsloth_compiled_module", "unsloth_cache_"))
+    return module in _OWN or library in PATCHERS or library.startswith(("unsloth_compiled_module", "unsloth_cache_"))
 
 
 def _name(value: Any) -> str:

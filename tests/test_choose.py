@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from conftest import ROOT, recipe
 
 from fallback import choose as choosing
-from fallback import components, probe
+from fallback import components, cpu, probe
 from fallback.cards import card
 from fallback.choose import CannotRun, choose
 from fallback.torch_build import TorchBuild
-from recipes.stages import fine_tune
+from recipes.stages import fine_tune, loading
 from recipes.stages.base_model import Chosen
 from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
@@ -211,11 +212,12 @@ def test_a_training_asks_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(fine_tune, "usable_gpu", lambda: card("H100"))
     monkeypatch.setattr(fine_tune, "choose", until_here)
     here = recipe("llama_1b_civil")
-    for size, told in (("tiny", {"unsloth"}), ("full", set())):
+    for size, told in (("tiny", {"unsloth"}), ("small", {"unsloth"}), ("full", set())):
         given = ["--size", size, "--weights", "random", "--run", str(tmp_path / "run")]
         with pytest.raises(CannotRun, match="that is all"):
             fine_tune.fine_tune(here, parse_train(here, "train", given))
         assert asked["failed"].keys() == told
+        assert asked["much_to_multiply"] == (size != "tiny")
     assert not (tmp_path / "run").exists()
 
 
@@ -314,3 +316,61 @@ def test_a_precision_that_is_asked_for_or_why_not() -> None:
         dtype("gemma3_text", "RTX 3060", "float16")
     with pytest.raises(CannotRun, match="on GPUs only"):
         dtype("llama", None, "float16")
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str | None], None]]:
+    """A processor with these flags, or a system that does not tell."""
+
+    def described(flags: str | None) -> None:
+        cpu.bfloat16.cache_clear()
+        monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+        (tmp_path / "cpuinfo").unlink(missing_ok=True)
+        if flags is not None:
+            told = f"processor\t: 0\nmodel name\t: some\nflags\t\t: fpu avx2 {flags} sse\nbugs\t\t: amx_bf16\n\n"
+            (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
+
+    yield described
+    cpu.bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "instructions"),
+    [
+        ("avx512f avx512_bf16", "avx512_bf16"),
+        ("avx512_bf16 amx_bf16", "amx_bf16"),
+        ("avx512f amx_tile not_avx512_bf16", None),
+        (None, None),
+    ],
+)
+def test_a_processor_that_multiplies_bfloat16_trains_in_it(
+    processor: Callable[[str | None], None], flags: str | None, instructions: str | None
+) -> None:
+    processor(flags)
+    assert cpu.bfloat16() == instructions
+    trained = choose("llama", gpu=None, much_to_multiply=True)
+    assert trained.dtype == ("bfloat16" if instructions else "float32")
+    assert str(instructions or "exact") in trained.reasons["dtype"]
+    assert choose("llama", gpu=None).dtype == "float32"
+    assert choose("llama", gpu=None, dtype="float32", much_to_multiply=True).dtype == "float32"
+    # What a GPU computes in does not follow from the processor beside it.
+    assert choose("llama", "peft", gpu=card("T4"), build=CU130, much_to_multiply=True).dtype == "float16"
+
+
+def test_answers_are_exact_unless_something_else_was_named(
+    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor("avx512_bf16")
+    asked: list[choosing.Choice] = []
+
+    def until_here(*given: Any) -> None:
+        asked.append(given[3])
+        raise CannotRun("that is all")
+
+    monkeypatch.setattr(loading, "load_trained", until_here)
+    with pytest.raises(CannotRun, match="that is all"):
+        loading.load_to_answer(None, None, None, choose("llama", gpu=None, much_to_multiply=True), 9)  # type: ignore[arg-type]
+    assert [choice.dtype for choice in asked] == ["float32"]
+    assert choose("llama", gpu=None, much_to_multiply=True).to_answer().dtype == "float32"
+    assert choose("llama", gpu=None, dtype="bfloat16").to_answer().dtype == "bfloat16"
+    assert choose("llama", "peft", gpu=card("H100"), build=CU130).to_answer().dtype == "bfloat16"

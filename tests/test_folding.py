@@ -6,6 +6,7 @@ Run as a program it compares under one backend, in a process of its own, and pri
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import found_under, need, ready_to_compare, recipe
 
+from fallback import cpu
 from fallback.choose import BACKENDS, Choice
 
 FAMILIES = ["gemma3_12b_opercode", "llama_1b_civil", "polyglot_1_3b_ohlora", "gemma2_2b_ohlora"]
@@ -39,6 +41,11 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(found: dict[str, Any
     assert found[way]["loss"] < 2e-6
     assert found[way]["gradient"] < 2e-5
     assert found[way]["matrices"] > 0
+    # With tokens behind it that belong to nobody, and its last layer serving some that nobody asks for.
+    assert found[f"{way}, rounded"]["loss"] < 2e-6
+    assert found[f"{way}, rounded"]["gradient"] < 2e-5
+    assert found["rounded"] > found["computed"]
+    assert found["rounded"] % 16 == 0
 
 
 def test_the_model_is_left_as_it_was(found: dict[str, Any]) -> None:
@@ -82,6 +89,40 @@ def test_what_is_not_worth_it_stays_padded(why: str, rows: Any) -> None:
 
     padded = batch(*rows)
     assert folded(padded) is padded, why
+
+
+def test_a_rounded_row_has_tokens_that_belong_to_nobody() -> None:
+    from recipes.stages.batches import supervised
+    from recipes.stages.folding import _Gather, _Spread, by_example, folded
+
+    padded = batch(([5, 6, 7, 8, 9], 1), ([5, 6, 3, 4], 1), ([5, 6, 7, 1, 2, 3, 4, 5], 2))
+    row, exact = folded(padded, rounded=True), folded(padded)
+    fold = row["fold"]
+    assert (fold.tokens, row["input_ids"].shape) == (13, (1, 16))
+    for name in ("input_ids", "labels", "position_ids"):
+        assert row[name][:, :13].equal(exact[name])
+    assert row["labels"][0, 13:].tolist() == [-100] * 3
+    assert supervised(row).tolist() == [1, 1, 2]
+    told = torch.arange(1.0, 16.0)[None]
+    assert by_example(told * (row["labels"] != -100)[:, 1:], fold).tolist() == [4, 6, 11 + 12]
+    # The way there and back, and the gradients, of what is nobody's are none of anybody's.
+    tokens = torch.randn(16, 2, requires_grad=True)
+    places = _Spread.apply(tokens, fold)
+    there, back = torch.randn(places.shape), torch.randn(16, 2)
+    spare = torch.autograd.grad(places, tokens, there)[0]
+    assert spare[13:].abs().max() == 0
+    assert spare[:13].abs().min() > 0
+    batch_like = torch.randn(3, 8, 2, requires_grad=True)
+    given = torch.autograd.grad(_Gather.apply(batch_like, fold), batch_like, back)[0]
+    assert given.flatten(0, 1)[exact["fold"].back].equal(back[:13])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 300, 1000, 1025, 20_000])
+def test_rounded_numbers_are_few_and_near(rows: int) -> None:
+    found = cpu.rounded(rows)
+    assert rows <= found <= max(rows + 15, rows * 31 / 30)
+    assert cpu.rounded(found) == found
+    assert len({cpu.rounded(n) for n in range(rows, 2 * rows)}) <= 66
 
 
 def test_the_first_own_token_never_carries_loss() -> None:
@@ -135,12 +176,25 @@ def test_a_training_in_one_row_is_the_padded_training(command: Callable[..., Any
     assert losses["--fold"] == pytest.approx(losses["--no-fold"], rel=1e-4)
 
 
+def test_a_training_in_bfloat16_multiplies_few_shapes(command: Callable[..., Any], tmp_path: Path) -> None:
+    tokens = {}
+    for dtype in ("float32", "bfloat16"):
+        flags = ("--backend", "peft", "--dtype", dtype, "--max-steps", "1", "--run", dtype)
+        done = command("recipes.llama_1b_civil", "train", *flags)
+        assert done.returncode == 0, done.stderr
+        trained = json.loads((tmp_path / dtype / "metrics.json").read_text(encoding="utf-8"))["train"]
+        tokens[dtype] = trained["computed_tokens"]
+        assert any("in_float32" in name for name in trained["patched"]) == (dtype == "bfloat16")
+    assert tokens["bfloat16"] == cpu.rounded(tokens["float32"]) > tokens["float32"]
+
+
 def compared(name: str, backend: Any) -> dict[str, Any]:
     from recipes.stages.prepare import sample_examples
 
     model = ready_to_compare(name, backend, "none")
     from recipes.stages.batches import Batches
     from recipes.stages.folding import by_example, understood
+    from recipes.stages.last_layer import only_asked_for
 
     network = model.network
     rendered = [model.renderer.example(example, 512) for example in sample_examples(recipe(name))]
@@ -151,10 +205,14 @@ def compared(name: str, backend: Any) -> dict[str, Any]:
         rows[-1] = replace(rows[-1], input_ids=rows[-1].input_ids * 2, labels=rows[-1].labels * 2)
     items = [{"input_ids": r.input_ids, "labels": r.labels} for r in rows]
 
-    def taken(fold: bool) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
-        laid_out = Batches(model.tokenizer.pad_token_id, network.config.model_type == "gemma3", None, fold)(items)
+    def taken(fold: bool, rounded: bool = False) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
+        types = network.config.model_type == "gemma3"
+        laid_out = Batches(model.tokenizer.pad_token_id, types, None, fold, rounded)(items)
         network.zero_grad()
-        with understood(network, laid_out) as ready:
+        with ExitStack() as stack:
+            ready = stack.enter_context(understood(network, laid_out))
+            if rounded:
+                stack.enter_context(only_asked_for(network, ready["labels"], True))
             outputs = network(**ready, fused_lm_head=True, use_cache=False)
             losses = by_example(outputs.log_probs, ready.get("fold"))
             losses.sum().backward()
@@ -167,17 +225,20 @@ def compared(name: str, backend: Any) -> dict[str, Any]:
             network.gradient_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
         padded, losses, gradients = taken(False)
-        row, row_losses, row_gradients = taken(True)
-        assert "fold" in row, "not folded: nothing would be shown"
-        result[way] = {
-            "loss": ((losses - row_losses).abs() / losses.abs()).max().item(),
-            "gradient": max(
-                ((gradients[n] - row_gradients[n]).abs().max() / gradients[n].abs().max()).item() for n in gradients
-            ),
-            "matrices": len(gradients),
-        }
+        rows = {way: taken(True), f"{way}, rounded": taken(True, rounded=True)}
+        for laid_out, (row, row_losses, row_gradients) in rows.items():
+            assert "fold" in row, "not folded: nothing would be shown"
+            result[laid_out] = {
+                "loss": ((losses - row_losses).abs() / losses.abs()).max().item(),
+                "gradient": max(
+                    ((gradients[n] - row_gradients[n]).abs().max() / gradients[n].abs().max()).item() for n in gradients
+                ),
+                "matrices": len(gradients),
+            }
+    row = rows[way][0]
     return {
         **result,
+        "rounded": rows[f"{way}, rounded"][0]["input_ids"].numel(),
         "width": padded["input_ids"].shape[1],
         "padded": padded["input_ids"].numel(),
         "computed": row["input_ids"].numel(),

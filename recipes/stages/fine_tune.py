@@ -56,6 +56,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         attention=settings.attention,
         dtype=settings.dtype,
         failed={**tried_out(chosen, usable_gpu()), **failed},
+        much_to_multiply=chosen.size != "tiny",
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if choice.device == "cpu" and read_gpu() is not None:

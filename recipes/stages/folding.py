@@ -11,12 +11,14 @@ Import this after a backend has loaded its libraries.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface
 
+from fallback import cpu
 from fallback.choose import Choice
 from recipes.stages.render import IGNORED
 
@@ -38,10 +40,12 @@ class Fold:
     """For each token of the row, its place in the padded batch; a shared one's is in the first example."""
     example: torch.Tensor
     """For each token of the row, whose it is."""
+    tokens: int
+    """Of the row; what follows them belongs to nobody."""
 
     def to(self, device: torch.device) -> "Fold":
-        moved = (x.to(device) for x in (self.spread, self.back, self.example))
-        return Fold(self.shared, self.rows, self.width, *moved)
+        moved = {name: getattr(self, name).to(device) for name in ("spread", "back", "example")}
+        return replace(self, **moved)
 
 
 def obstacle(choice: Choice) -> str | None:
@@ -53,8 +57,9 @@ def obstacle(choice: Choice) -> str | None:
     return None
 
 
-def folded(batch: dict[str, Any]) -> dict[str, Any]:
-    """A padded batch as one row, where that saves enough; the same batch where not."""
+def folded(batch: dict[str, Any], rounded: bool = False) -> dict[str, Any]:
+    """A padded batch as one row, where that saves enough; the same batch where not. `rounded` rows are of few
+    lengths."""
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     rows, width = ids.shape
     shared = _shared(ids, labels, mask)
@@ -70,12 +75,15 @@ def folded(batch: dict[str, Any]) -> dict[str, Any]:
     # The first example's own tokens follow the shared ones, as in its own row.
     columns = torch.minimum(torch.arange(width), lengths[:, None] - 1)
     spread = torch.where(columns < shared, columns, place.view(rows, width).gather(1, columns))
+    # The first place of all, without its loss, as often as it takes.
+    back = functional.pad(back, (0, cpu.rounded(tokens) - tokens if rounded else 0))
     found = {name: value for name, value in batch.items() if name != "attention_mask"}
     for name in ("input_ids", "labels", "token_type_ids"):
         if name in batch:
             found[name] = batch[name].flatten()[back][None]
+    found["labels"][:, tokens:] = IGNORED
     found["position_ids"] = (back % width)[None]
-    found["fold"] = Fold(shared, rows, width, spread.flatten(), back, back // width)
+    found["fold"] = Fold(shared, rows, width, spread.flatten(), back, back // width, tokens)
     return found
 
 
@@ -130,6 +138,7 @@ class _Spread(torch.autograd.Function):
         # No token sees padding, so what comes back from there is nothing.
         own = grad.flatten(0, 1).index_select(0, fold.back)
         own[: fold.shared] = grad[:, : fold.shared].sum(0)
+        own[fold.tokens :] = 0
         return own, None
 
 
@@ -144,7 +153,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         fold = ctx.fold
-        places = grad.new_zeros(fold.rows * fold.width, *grad.shape[1:]).index_copy_(0, fold.back, grad)
+        places = grad.new_zeros(fold.rows * fold.width, *grad.shape[1:])
+        places.index_copy_(0, fold.back[: fold.tokens], grad[: fold.tokens])
         return places.unflatten(0, (fold.rows, fold.width)), None
 
 

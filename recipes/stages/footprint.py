@@ -190,9 +190,8 @@ def meta_network(config: dict[str, Any], settings: Settings, on: Conditions) -> 
         standins.install_layer_kernels(network.get_base_model(), own)
     elif on.backend == "peft" and passes.fitting("cuda" if on.cuda else "cpu"):
         passes.teach(network)
-        if on.dtype == "float32":
-            with mock.patch.object(passes, "numbers_of", standins.numbers_of):
-                passes.unpack(network)
+        with mock.patch.object(passes, "numbers_of", standins.numbers_of):
+            passes.unpack(network, on.dtype)
     return network
 
 

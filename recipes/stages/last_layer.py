@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fallback import cpu
 from fallback.patched import loaded_patchers
 from recipes.stages.render import IGNORED
 
@@ -26,15 +27,20 @@ MOST = 0.8
 
 
 @contextmanager
-def only_asked_for(network: Any, labels: torch.Tensor) -> Iterator[None]:
-    """Within this the network's last layer, in the backward pass too, serves the labels that carry loss."""
+def only_asked_for(network: Any, labels: torch.Tensor, rounded: bool = False) -> Iterator[None]:
+    """Within this the network's last layer, in the backward pass too, serves the labels that carry loss; `rounded`, a
+    few more tokens."""
     found = parts(network)
     if not found:
         yield
         return
     asked = labels.new_zeros(labels.shape, dtype=torch.bool)
     asked[:, :-1] = labels[:, 1:] != IGNORED
-    with cut(found, asked.flatten().nonzero()[:, 0], asked.numel()):
+    asked = asked.flatten()
+    places = asked.nonzero()[:, 0]
+    if rounded:
+        places = torch.cat([places, (~asked).nonzero()[: cpu.rounded(len(places)) - len(places), 0]])
+    with cut(found, places, asked.numel()):
         yield
 
 

@@ -50,7 +50,7 @@ def load_for_training(recipe: Recipe, chosen: Chosen, settings: Settings, choice
         settings.seed,
     )
     start_lora(network, settings)
-    if _teach(network, choice) and choice.dtype == "float32" and (why_not := passes.unpack(network)):
+    if _teach(network, choice) and (why_not := passes.unpack(network, choice.dtype)):
         note(f"weights are unpacked in every pass; unpacked ones are not kept: {why_not}")
     return Model(network, tokenizer, Renderer(tokenizer, recipe.stop_phrase), choice)
 
@@ -110,6 +110,7 @@ def load_to_answer(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max
     """`load_trained`, for whoever asks for answers and does not look into layers."""
     from fallback import passes
 
+    choice = choice.to_answer()
     model = load_trained(recipe, run, chosen, choice, max_length)
     fitting = choice.backend == "peft" and choice.dtype == "float32" and passes.fitting(choice.device)
     if fitting and (why_not := passes.put_together(model.network)):
