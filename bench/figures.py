@@ -179,17 +179,37 @@ def soaked() -> str:
     return soak.table(cycles) + f"\n\n{told}"
 
 
-def trained(file: str) -> str:
-    found = read_json(RESULTS / file)
-    parts = []
-    for name, of in found["recipes"].items():
-        best, dtype = of["best_other"], of["dtype"]
-        parts.append(f"{name}, size {found['settings']['size']}, {dtype}:\n\n{train.table(of)}")
-        told = [f"{arm}: {report.said(of['arms'][arm]['ours_to_this'])}" for arm in dict.fromkeys(("trl", best))]
-        parts.append(f"How fast ours is to TRL with loss on answers and to the best of the others, {'; '.join(told)}.")
-    env = found["environment"]
-    made = f"{found['settings']['repeats']} rounds, {env['processor']}, {env['cores']} cores: `{found['command']}`"
-    return "\n\n".join([*parts, made])
+def trained(*files: str) -> str:
+    """How many times as fast ours is as each of the others, a row for each recipe, and how they were measured."""
+    found = [read_json(RESULTS / file) for file in files]
+    measured = [(name, of["arms"]) for one in found for name, of in one["recipes"].items()]
+    others = list(dict.fromkeys(arm for _, arms in measured for arm in arms if arm != train.OURS))
+    lines = []
+    for name, arms in measured:
+        ours, trl = arms[train.OURS], arms["trl"]
+        lines.append(
+            [name, f"{ours['tokens_per_second']:,.0f}", *(_faster(arms.get(arm)) for arm in others),
+             f"{ours['peak_resident_bytes'] / 2**20:,.0f} MiB", f"x {trl['memory_of_ours_to_this']['value']:.2f}"]
+        )  # fmt: skip
+    header = ["recipe", "ours, tokens/s", *(f"to {arm}" for arm in others), "ours, peak memory", "to trl's"]
+    made = [report.markdown(header, lines)]
+    for one in found:
+        env, settings = one["environment"], one["settings"]
+        (dtype,) = {of["dtype"] for of in one["recipes"].values()}
+        how = f"{settings['repeats']} rounds, size {settings['size']}, {dtype}"
+        how += f", {env['processor']}, {env['cores']} cores"
+        made.append(f"{how}: `{one['command']}`")
+    return "\n\n".join(made)
+
+
+def _faster(arm: dict[str, Any] | None) -> str:
+    if arm is None:
+        return ""
+    if arm["status"] != "measured":
+        return f"{arm['status']}: {arm['reason']}"
+    ratio = arm["ours_to_this"]
+    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"x {ratio['value']:.2f}{interval}{', other losses' * (arm['same_training'] is False)}"
 
 
 def on_a_gpu() -> str:
@@ -217,8 +237,9 @@ def on_a_gpu() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
-    "gpu": on_a_gpu, "train": partial(trained, "train.json"), "civil": partial(trained, "train_civil.json"),
-    "chat": partial(trained, "train_chat.json"), "dropout": partial(trained, "train_dropout.json"),
+    "gpu": on_a_gpu, "train": partial(trained, "train_bfloat16.json"),
+    "float32": partial(trained, "train.json", "train_civil.json", "train_chat.json"),
+    "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ class Beside(TrainingMeter):
             count = torch.stack(masses).sum()
         for batch in batches:
             collator = trainer.data_collator
-            laid_out = folded(batch, collator.rounded) if collator.fold else batch
+            laid_out = folded(batch, collator.few_lengths) if collator.fold else batch
             ready = trainer._prepare_inputs(laid_out)
             with understood(trainer.model, ready) as ready:
                 trainer.compute_loss(trainer.model, ready, num_items_in_batch=count).backward()

@@ -64,6 +64,8 @@ def cases_of(recipes: Sequence[Recipe], backends: Sequence[BackendName]) -> Iter
                     "--no-fold",
                     # The sample's texts are made longer only when they are together.
                     "--batch-tokens", "0",
+                    # On CPUs torch's autocast has other rules than on the cards that plan is for.
+                    "--dtype", "auto" if gpu else "float32",
                 ]  # fmt: skip
                 if recipe.closed:
                     # The validation at the end is not measured.

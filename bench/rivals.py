@@ -43,7 +43,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     chosen = settle(recipe, args.size, args.weights, args.model)
     choice = choose(
         model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer,
-        attention=settings.attention, dtype=settings.dtype, much_to_multiply=chosen.size != "tiny",
+        attention=settings.attention, dtype=settings.dtype, trains_large=chosen.size != "tiny",
     )  # fmt: skip
     backend = choice.library()
     backend.import_libraries(choice)

@@ -10,6 +10,7 @@ taught.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,31 +21,33 @@ from fallback.patched import ATTEND
 
 def teach(network: Any) -> None:
     """A network of transformers' own layers, in place."""
-    narrow = getattr(network, "dtype", torch.float32) != torch.float32
+    narrow = getattr(network, "dtype", None) in (torch.bfloat16, torch.float16)
     for module in network.modules():
-        if getattr(module, "attn_logit_softcapping", None) and hasattr(module, "o_proj"):
-            code: Any = sys.modules[type(module).__module__]
+        code: Any = sys.modules[type(module).__module__]
+        if getattr(module, "attn_logit_softcapping", None) and hasattr(code, "eager_attention_forward"):
             code.eager_attention_forward = _asking(code.eager_attention_forward)
             setattr(module, ATTEND, capped)
-        elif narrow and _is_attention(module):
+        elif narrow and _is_fused_attention(module):
             AttentionInterface.register("sdpa", _asking(AttentionInterface._global_mapping["sdpa"]))
             setattr(module, ATTEND, in_float32)
 
 
-def _is_attention(module: Any) -> bool:
+def _is_fused_attention(module: Any) -> bool:
     """In a language model; what a vision tower sees is not text."""
-    return hasattr(module, "query_key_value") or (hasattr(module, "q_proj") and hasattr(module, "o_proj"))
+    if not (hasattr(module, "query_key_value") or (hasattr(module, "q_proj") and hasattr(module, "o_proj"))):
+        return False
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def _asking(usual: Callable[..., Any]) -> Callable[..., Any]:
-    if hasattr(usual, "asks"):
+    if hasattr(usual, "asks_module"):
         return usual
 
     def attend(module: Any, *args: Any, **how: Any) -> Any:
         own = getattr(module, ATTEND, None)
         return usual(module, *args, **how) if own is None else own(usual, module, *args, **how)
 
-    attend.asks = True  # type: ignore[attr-defined]
+    attend.asks_module = True  # type: ignore[attr-defined]
     return attend
 
 
@@ -54,13 +57,16 @@ def in_float32(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: Any,
+    attention_mask: torch.Tensor | None,
     **how: Any,
 ) -> Any:
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    with torch.autocast("cpu", enabled=False):
-        made, weights = usual(module, query.float(), key.float(), value.float(), mask, **how)
+    if not module.training:
+        # It is the way back that is slow.
+        return usual(module, query, key, value, attention_mask, **how)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with _exactly(query):
+        made, weights = usual(module, query.float(), key.float(), value.float(), attention_mask, **how)
     return made.to(query.dtype), weights
 
 
@@ -70,15 +76,21 @@ def capped(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     **how: Any,
 ) -> Any:
     if dropout or scaling is None or softcap is None:
-        return usual(module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **how)
-    return _Capped.apply(query, key, value, mask, scaling, softcap), None
+        how |= {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+        return usual(module, query, key, value, attention_mask, **how)
+    return _Capped.apply(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _exactly(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Autocast would round what is given to it. Shapes alone, which `plan` computes with, are no CPU's."""
+    return torch.autocast("cpu", enabled=False) if tensor.is_cpu else nullcontext()
 
 
 class _Capped(torch.autograd.Function):
@@ -99,7 +111,7 @@ class _Capped(torch.autograd.Function):
         _, groups, keys, _ = key.shape
         q = query.float().reshape(rows * groups, -1, width)
         k, v = (x.float().reshape(rows * groups, keys, width) for x in (key, value))
-        with torch.autocast(query.device.type, enabled=False):
+        with _exactly(query):
             bent = _product(q, k.transpose(1, 2), scaling / cap).tanh_()
             scores = bent.view(rows, groups, heads // groups, length, keys)
             seen = scores * cap if mask is None else torch.add(mask.unsqueeze(2), scores, alpha=cap)

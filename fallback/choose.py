@@ -7,7 +7,7 @@ import ctypes
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ SLOWER_WITHOUT_A_GPU: dict[BackendName, str] = {
     "unsloth": "without a GPU it has no kernels of its own, and plain PEFT takes fewer passes over memory"
 }
 """Not what `auto` chooses there: python -m bench train."""
+EXACT = "CPUs compute float32 at full speed, and it is the most exact"
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
 
 
@@ -77,11 +78,6 @@ class Choice:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         return importlib.import_module(_MODULES[self.backend])
 
-    def to_answer(self) -> "Choice":
-        """What answers are computed with: on a CPU in the most exact way, unless another was named."""
-        named = self.reasons.get("dtype", "").startswith("--dtype")
-        return self if named or self.device != "cpu" else replace(self, dtype="float32")
-
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -110,12 +106,12 @@ def choose(
     dtype: Dtype = "auto",
     build: TorchBuild | None = None,
     failed: Mapping[str, str] | None = None,
-    much_to_multiply: bool = False,
+    trains_large: bool = False,
 ) -> Choice:
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. Without
     `build` this machine's GPU is judged by the installed torch, and a described one by a torch that fits it. `failed`
-    are backends that were tried and died, each with how. `much_to_multiply` is the training of a model that is not
-    tiny: there a processor's fastest products are worth their roundings."""
+    are backends that were tried and died, each with how. `trains_large`: it is for training a model that is not tiny,
+    where a processor's fastest products are worth their roundings."""
     if gpu == "read":
         gpu = read_gpu()
         if gpu is not None and build is None:
@@ -131,7 +127,7 @@ def choose(
     if idle:
         gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
-    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype, much_to_multiply)
+    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype, trains_large)
     chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, chosen_dtype)
 
     eight_bit = quantization == "8bit"
@@ -215,7 +211,7 @@ def _attention(
 
 
 def _dtype(
-    gpu: Gpu | None, model_type: str, wanted: Dtype, much_to_multiply: bool
+    gpu: Gpu | None, model_type: str, wanted: Dtype, trains_large: bool
 ) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
     if wanted != "auto":
         obstacle = None
@@ -230,10 +226,10 @@ def _dtype(
         return wanted, f"--dtype {wanted}"
     if gpu is None:
         instructions = cpu.bfloat16()
-        if instructions and much_to_multiply:
+        if instructions and trains_large:
             return "bfloat16", f"this processor multiplies it by {instructions}; answers are computed in float32"
         # Emulated bfloat16 would be slower, and a tiny model is small products with much beside them.
-        return "float32", "CPUs compute float32 at full speed, and it is the most exact"
+        return "float32", EXACT
     if gpu.bf16:
         return "bfloat16", "in hardware from compute capability 8.0"
     if model_type.startswith("gemma"):

@@ -11,8 +11,8 @@ _BFLOAT16 = ("amx_bf16", "avx512_bf16")
 
 @cache
 def bfloat16() -> str | None:
-    """The instructions with which it multiplies bfloat16; None where torch would do so in plain loops, or where the
-    system does not tell."""
+    """The instructions with which it multiplies bfloat16; None where torch would do so in plain loops, and where nobody
+    measured it: not x86, not Linux."""
     with suppress(OSError):
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):

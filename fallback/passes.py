@@ -123,8 +123,8 @@ def _computed_as(layer: Any, dtype: torch.dtype) -> bool:
     return layer.compute_dtype in (None, dtype) and (state is None or state.dtype == dtype)
 
 
-def _too_large(layers: Sequence[Any], each: int = 4) -> str | None:
-    wanted, memory = each * sum(layer.in_features * layer.out_features for layer in layers), memory_bytes()
+def _too_large(layers: Sequence[Any], bytes_each: int = 4) -> str | None:
+    wanted, memory = bytes_each * sum(layer.in_features * layer.out_features for layer in layers), memory_bytes()
     if wanted <= memory // 4:
         return None
     return f"they take {wanted / 2**30:.1f} GiB, which is more than a quarter of {memory / 2**30:.1f} GiB of memory"

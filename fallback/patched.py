@@ -31,7 +31,12 @@ def patched(network: Any, trainer: Any = None) -> dict[str, int]:
     for module_name in {type(module).__module__ for module in base.modules() if _is_model_code(type(module))}:
         for name, value in vars(sys.modules[module_name]).items():
             # Ours asks each module, which is told of above.
-            if callable(value) and not isinstance(value, type) and _foreign(value) and not hasattr(value, "asks"):
+            if (
+                callable(value)
+                and not isinstance(value, type)
+                and _foreign(value)
+                and not hasattr(value, "asks_module")
+            ):
                 found[f"{module_name.rpartition('.')[2]}.{name}: {_name(value)}"] += 1
     for kind in type(trainer).__mro__ if trainer is not None else ():
         replaced = [value for value in vars(kind).values() if callable(value) and _foreign(value)]

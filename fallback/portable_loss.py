@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fallback import cpu
+
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at one time, in float32."""
 
@@ -23,7 +25,7 @@ def _rows(vocabulary: int) -> int:
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    logits = torch.nn.functional.linear(_few_lengths(hidden), weight, bias)[: len(hidden)].float()
     if scale != 1.0:
         logits = logits * scale
     if softcap:
@@ -61,10 +63,11 @@ class PortableLogProb(torch.autograd.Function):
             for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
             if name in outputs
         }
-        wanted, *trained = ctx.needs_input_grad[:3]
-        if any(trained):
-            raise NotImplementedError("a head that is trained itself")
-        slopes = torch.empty_like(hidden) if wanted else None
+        slopes = None
+        if ctx.needs_input_grad[0]:
+            # Loss scaling comes later, and float16 has nothing below 6e-8.
+            kept, lifted = (torch.float32, 1024) if dtype == torch.float16 else (hidden.dtype, 1)
+            slopes = torch.empty_like(hidden, dtype=kept)
         rows, head = _rows(weight.shape[0]), weight.to(dtype)
         for start in range(0, count, rows):
             piece = slice(start, start + rows)
@@ -89,21 +92,33 @@ class PortableLogProb(torch.autograd.Function):
                 grad[torch.arange(len(grad), device=grad.device), target] += 1
                 if steepness is not None:
                     grad *= steepness
-                if scale != 1.0:
-                    grad *= scale
+                if scale * lifted != 1.0:
+                    grad *= scale * lifted
                 del steepness
-                slopes[piece] = (grad.to(dtype) @ head).to(slopes.dtype)
+                slopes[piece] = (_few_lengths(grad.to(dtype)) @ head)[: len(grad)]
+                if lifted != 1:
+                    slopes[piece] /= lifted
                 del grad
             del log_p
         if slopes is not None:
             ctx.save_for_backward(slopes)
+            ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(*extra.values())
         return log_probs, *(extra.get(n) for n in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if any(ctx.needs_input_grad[1:3]):
+            raise NotImplementedError("a head that is trained itself")
         (slopes,) = ctx.saved_tensors
-        return (slopes * grad_log_probs[:, None]).to(slopes.dtype), *[None] * 8
+        return (slopes * grad_log_probs[:, None]).to(ctx.dtype), *[None] * 8
+
+
+def _few_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros where a processor writes code for each number of them."""
+    if rows.dtype != torch.bfloat16 or not rows.is_cpu:
+        return rows
+    return torch.nn.functional.pad(rows, (0, 0, 0, cpu.rounded(len(rows)) - len(rows)))
 
 
 def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -38,10 +38,12 @@ def masked(kind: str, dtype: torch.dtype) -> torch.Tensor | None:
     return torch.zeros(rows.shape, dtype=dtype).masked_fill_(~rows, least)
 
 
-def computed(attend: Any, groups: int, mask: str, dtype: torch.dtype, **how: Any) -> list[torch.Tensor]:
+def computed(
+    attend: Any, groups: int, mask: str, dtype: torch.dtype, training: bool = True, **how: Any
+) -> list[torch.Tensor]:
     """What comes out, and the gradients."""
     given = inputs(groups, dtype)
-    module = SimpleNamespace(num_key_value_groups=HEADS // groups, training=True, is_causal=True)
+    module = SimpleNamespace(num_key_value_groups=HEADS // groups, training=training, is_causal=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         made = attend(module, *given, masked(mask, dtype), scaling=SCALING, **how)[0]
     assert made.dtype == dtype
@@ -93,31 +95,36 @@ def test_fused_attention_in_float32_is_the_more_exact(groups: int, mask: str) ->
     narrow, theirs = computed(wide, groups, mask, torch.bfloat16), computed(usual, groups, mask, torch.bfloat16)
     assert max(off(narrow, exact)) < 0.005
     assert max(off(narrow, exact)) < max(off(theirs, exact))
+    answered = computed(wide, groups, mask, torch.bfloat16, training=False)
+    assert all(a.equal(b) for a, b in zip(answered, theirs, strict=True))
 
 
-def network(kind: str, dtype: torch.dtype) -> Any:
+def network(kind: str, dtype: torch.dtype, how: str = "sdpa") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, vocab_size=8)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    how = "eager" if kind == "gemma2" else "sdpa"
+    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, vocab_size=8, num_attention_heads=4)
+    heads = {} if kind == "gpt_neox" else dict(num_key_value_heads=2, head_dim=8)
     shape = AutoConfig.for_model(kind, **sizes, **heads)
-    return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=how)
+    return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=how).train()
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "taught"),
+    ("kind", "how", "dtype", "taught"),
     [
-        ("gemma2", torch.float32, "Gemma2Attention: fallback.attention.capped"),
-        ("gemma2", torch.bfloat16, "Gemma2Attention: fallback.attention.capped"),
-        ("llama", torch.bfloat16, "LlamaAttention: fallback.attention.in_float32"),
-        ("llama", torch.float32, None),
+        ("gemma2", "eager", torch.float32, "Gemma2Attention: fallback.attention.capped"),
+        ("gemma2", "eager", torch.bfloat16, "Gemma2Attention: fallback.attention.capped"),
+        ("llama", "sdpa", torch.bfloat16, "LlamaAttention: fallback.attention.in_float32"),
+        ("gemma3_text", "sdpa", torch.bfloat16, "Gemma3Attention: fallback.attention.in_float32"),
+        ("gpt_neox", "sdpa", torch.bfloat16, "GPTNeoXAttention: fallback.attention.in_float32"),
+        ("llama", "eager", torch.bfloat16, None),
+        ("llama", "sdpa", torch.float32, None),
+        ("llama", "sdpa", torch.float64, None),
     ],
 )
 def test_only_who_was_taught_attends_otherwise(
-    kind: str, dtype: torch.dtype, taught: str | None, monkeypatch: pytest.MonkeyPatch
+    kind: str, how: str, dtype: torch.dtype, taught: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, other = network(kind, dtype), network(kind, dtype)
+    made, other = network(kind, dtype, how), network(kind, dtype, how)
     other.load_state_dict(made.state_dict())
     attention.teach(made)
     attention.teach(made)
@@ -140,9 +147,9 @@ def test_only_who_was_taught_attends_otherwise(
 
 
 def test_what_stands_in_the_way_is_put_there_once() -> None:
-    made = network("gemma2", torch.bfloat16)
+    made = network("gemma2", torch.bfloat16, "eager")
     attention.teach(made)
     before = modeling_gemma2.eager_attention_forward, modeling_llama.eager_attention_forward
     attention.teach(made)
     assert before == (modeling_gemma2.eager_attention_forward, modeling_llama.eager_attention_forward)
-    assert not hasattr(before[1], "asks")
+    assert not hasattr(before[1], "asks_module")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from recipes.stages import fine_tune, loading
 from recipes.stages.base_model import Chosen
 from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
+from recipes.stages.resume import Begun
+from recipes.stages.run import Run
 
 CU126 = TorchBuild("2.14.1+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
 CU128 = TorchBuild("2.10.0+cu128", "12.8", ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"))
@@ -217,7 +220,7 @@ def test_a_training_asks_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         with pytest.raises(CannotRun, match="that is all"):
             fine_tune.fine_tune(here, parse_train(here, "train", given))
         assert asked["failed"].keys() == told
-        assert asked["much_to_multiply"] == (size != "tiny")
+        assert asked["trains_large"] == (size != "tiny")
     assert not (tmp_path / "run").exists()
 
 
@@ -348,19 +351,25 @@ def test_a_processor_that_multiplies_bfloat16_trains_in_it(
 ) -> None:
     processor(flags)
     assert cpu.bfloat16() == instructions
-    trained = choose("llama", gpu=None, much_to_multiply=True)
+    trained = choose("llama", gpu=None, trains_large=True)
     assert trained.dtype == ("bfloat16" if instructions else "float32")
     assert str(instructions or "exact") in trained.reasons["dtype"]
     assert choose("llama", gpu=None).dtype == "float32"
-    assert choose("llama", gpu=None, dtype="float32", much_to_multiply=True).dtype == "float32"
+    assert choose("llama", gpu=None, dtype="float32", trains_large=True).dtype == "float32"
     # What a GPU computes in does not follow from the processor beside it.
-    assert choose("llama", "peft", gpu=card("T4"), build=CU130, much_to_multiply=True).dtype == "float16"
+    assert choose("llama", "peft", gpu=card("T4"), build=CU130, trains_large=True).dtype == "float16"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "named", "answers"),
+    [(None, "auto", "float32"), (None, "bfloat16", "bfloat16"), ("H100", "auto", "bfloat16")],
+)
 def test_answers_are_exact_unless_something_else_was_named(
-    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, gpu: str | None, named: Any, answers: str
 ) -> None:
     processor("avx512_bf16")
+    trained = choose("llama", "peft", gpu=gpu and card(gpu), build=CU130, dtype=named, trains_large=True)
+    assert trained.dtype == "bfloat16"
     asked: list[choosing.Choice] = []
 
     def until_here(*given: Any) -> None:
@@ -368,9 +377,19 @@ def test_answers_are_exact_unless_something_else_was_named(
         raise CannotRun("that is all")
 
     monkeypatch.setattr(loading, "load_trained", until_here)
+    monkeypatch.setattr(loading, "settings_of", lambda _: replace(recipe("llama_1b_civil").settings, dtype=named))
     with pytest.raises(CannotRun, match="that is all"):
-        loading.load_to_answer(None, None, None, choose("llama", gpu=None, much_to_multiply=True), 9)  # type: ignore[arg-type]
-    assert [choice.dtype for choice in asked] == ["float32"]
-    assert choose("llama", gpu=None, much_to_multiply=True).to_answer().dtype == "float32"
-    assert choose("llama", gpu=None, dtype="bfloat16").to_answer().dtype == "bfloat16"
-    assert choose("llama", "peft", gpu=card("H100"), build=CU130).to_answer().dtype == "bfloat16"
+        loading.load_to_answer(None, None, None, trained, 9)  # type: ignore[arg-type]
+    assert [choice.dtype for choice in asked] == [answers]
+    assert ("most exact" in asked[0].reasons["dtype"]) == (answers == "float32")
+
+
+def test_a_training_goes_on_in_the_precision_it_was_begun_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Chosen("some", "small", "random", "folder")
+    for dtype in ("float32", "bfloat16"):
+        begun = Begun(Run(Path("nowhere")), {}, {"dtype": dtype})
+        assert fine_tune.in_bfloat16(small, begun) == (dtype == "bfloat16")
+    assert fine_tune.in_bfloat16(small, None)
+    assert not fine_tune.in_bfloat16(replace(small, size="tiny"), None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not fine_tune.in_bfloat16(small, None)

@@ -60,7 +60,8 @@ def base(folder: Path) -> Path:
 def civil(folder: Path, base: Path) -> Path:
     """A run on that base, quantised to 4 bits."""
     few = ("--max-steps", "6", "--learning-rate", "1e-2", "--batch-size", "4", "--accumulation", "1")
-    given = ("train", "--backend", "peft", "--size", "full", "--model", str(base), *few, "--no-checkpointing")
+    few = (*few, "--no-checkpointing", "--dtype", "float32")
+    given = ("train", "--backend", "peft", "--size", "full", "--model", str(base), *few)
     run_command(CIVIL, [*given, "--early-stopping", "off", "--run", str(folder / "civil")])
     return folder / "civil"
 

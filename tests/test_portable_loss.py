@@ -72,8 +72,9 @@ def test_values_and_gradients(
 
 def test_a_head_that_is_trained_is_refused() -> None:
     hidden, weight, _, targets = inputs(False)
+    found = PortableLogProb.apply(hidden.requires_grad_(), weight.requires_grad_(), None, targets)[0]
     with pytest.raises(NotImplementedError, match="trained"):
-        PortableLogProb.apply(hidden, weight.requires_grad_(), None, targets)
+        found.sum().backward()
 
 
 class Products(TorchDispatchMode):
@@ -134,3 +135,22 @@ def test_bfloat16_head_is_close() -> None:
     wanted = reference(hidden.double(), weight.double(), None, targets, 1.0, None, 1.0)["log_probs"]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, rtol=0.05, atol=0.1)
+
+
+def test_what_is_nearly_certain_still_has_a_gradient_in_float16() -> None:
+    """Loss scaling comes later: 4e-8 for each of the other tokens has to outlive the head."""
+    _, weight, _, targets = inputs(False)
+    targets[:] = 7
+    weight[:, 0] = 0
+    weight[7, 0] = 1
+    weight = weight.half()
+    hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.float16)
+    hidden[:, 0] = 17
+    exact = hidden.double().requires_grad_()
+    log_probs = PortableLogProb.apply(hidden.requires_grad_(), weight, None, targets)[0]
+    (log_probs * 2.0**16).sum().backward()
+    wanted = reference(exact, weight.double(), None, targets, 1.0, None, 1.0)["log_probs"]
+    (wanted * 2.0**16).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float16
+    assert (hidden.grad.double() - exact.grad).norm() < 0.03 * exact.grad.norm()

@@ -55,7 +55,7 @@ def test_text_trains_and_the_tower_does_not(backend: str, checkpoint: Path, tmp_
         [
             sys.executable, "-m", "recipes.gemma3_12b_opercode", "--size", "full", "--model", str(checkpoint),
             "--backend", backend, "--run", str(tmp_path / "run"), "--max-steps", "12", "--learning-rate", "0.01",
-            "--batch-size", "8", "--accumulation", "1",
+            "--batch-size", "8", "--accumulation", "1", "--dtype", "float32",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Batches:
 
     def __init__(
         self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None,
-        fold: bool = False, rounded: bool = False,
+        fold: bool = False, few_lengths: bool = False,
     ):  # fmt: skip
         self.pad_token_id = pad_token_id
         # Gemma 3 with its vision tower will not train without being told that no token is an image.
@@ -113,8 +113,7 @@ class Batches:
         self.watch = watch
         self.fold = fold
         """Put each batch into one row."""
-        self.rounded = rounded
-        """Of few lengths."""
+        self.few_lengths = few_lengths
         self.padded_tokens = self.computed_tokens = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -136,7 +135,7 @@ class Batches:
             batch["class"] = torch.tensor([example["class"] for example in examples])
         if self.watch:
             self.watch.batch(batch)
-        laid_out = folded(batch, self.rounded) if self.fold else batch
+        laid_out = folded(batch, self.few_lengths) if self.fold else batch
         self.padded_tokens += batch["input_ids"].numel()
         self.computed_tokens += laid_out["input_ids"].numel()
         return laid_out

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from fallback import leave_out
+from fallback import cpu, leave_out
 from fallback.cards import USUAL
 from fallback.choose import CannotRun
 from fallback.gpu import Gpu, read_gpu
@@ -393,7 +393,8 @@ def plan_command(recipe: Recipe, given: list[str]) -> None:
 def speed_here(recipe: Recipe, settings: Settings, gpu: Gpu | None) -> dict[str, float]:
     """What this machine reaches in a large matrix product."""
     if gpu is None:
-        return {"this CPU": pace.matmul_flops_per_second("float32", "cpu")}
+        narrow = settings.dtype in ("auto", "bfloat16") and cpu.bfloat16() is not None
+        return {"this CPU": pace.matmul_flops_per_second("bfloat16" if narrow else "float32", "cpu")}
     return {gpu.name: pace.matmul_flops_per_second(plan.choice_for(recipe, settings, gpu).dtype, "cuda")}
 
 

@@ -54,7 +54,7 @@ class Source:
     run: Run
     chosen: Chosen
     trained: Choice
-    """What it was trained with, quantisation included."""
+    """What it is answered with, quantisation included."""
     asked_quantization: str
     max_length: int
 

@@ -56,7 +56,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         attention=settings.attention,
         dtype=settings.dtype,
         failed={**tried_out(chosen, usable_gpu()), **failed},
-        much_to_multiply=chosen.size != "tiny",
+        trains_large=in_bfloat16(chosen, begun),
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if choice.device == "cpu" and read_gpu() is not None:
@@ -114,6 +114,14 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     # What was trained is circles of references, and as large as what its caller may load next.
     leave_out.let_go()
     return run, chosen, choice, settings
+
+
+def in_bfloat16(chosen: Chosen, begun: resume.Begun | None) -> bool:
+    """Whether a processor that multiplies it well is to do so: as a training was begun, or for more than a tiny model.
+    DeepSpeed and FSDP were tried in float32."""
+    if begun is not None:
+        return begun.choice["dtype"] == "bfloat16"
+    return chosen.size != "tiny" and not processes.sharded()
 
 
 def tried_out(chosen: Chosen, gpu: Gpu | None) -> dict[str, str]:

@@ -40,8 +40,8 @@ class Fold:
     """For each token of the row, its place in the padded batch; a shared one's is in the first example."""
     example: torch.Tensor
     """For each token of the row, whose it is."""
-    tokens: int
-    """Of the row; what follows them belongs to nobody."""
+    real: int
+    """Tokens of the examples; what follows them in the row belongs to nobody."""
 
     def to(self, device: torch.device) -> "Fold":
         moved = {name: getattr(self, name).to(device) for name in ("spread", "back", "example")}
@@ -57,15 +57,16 @@ def obstacle(choice: Choice) -> str | None:
     return None
 
 
-def folded(batch: dict[str, Any], rounded: bool = False) -> dict[str, Any]:
-    """A padded batch as one row, where that saves enough; the same batch where not. `rounded` rows are of few
-    lengths."""
+def folded(batch: dict[str, Any], few_lengths: bool = False) -> dict[str, Any]:
+    """A padded batch as one row, where that saves enough; the same batch where not. With
+    `few_lengths` it is filled up to a length that comes again, by tokens that belong to nobody."""
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     rows, width = ids.shape
     shared = _shared(ids, labels, mask)
     lengths = mask.sum(1)
     tokens = shared + int((lengths - shared).sum())
-    if shared == 0 or tokens > (1 - LEAST_SAVED) * rows * width:
+    length = cpu.rounded(tokens) if few_lengths else tokens
+    if shared == 0 or length > (1 - LEAST_SAVED) * rows * width:
         return batch
     kept = mask.bool()
     kept[1:, :shared] = False
@@ -76,7 +77,7 @@ def folded(batch: dict[str, Any], rounded: bool = False) -> dict[str, Any]:
     columns = torch.minimum(torch.arange(width), lengths[:, None] - 1)
     spread = torch.where(columns < shared, columns, place.view(rows, width).gather(1, columns))
     # The first place of all, without its loss, as often as it takes.
-    back = functional.pad(back, (0, cpu.rounded(tokens) - tokens if rounded else 0))
+    back = functional.pad(back, (0, length - tokens))
     found = {name: value for name, value in batch.items() if name != "attention_mask"}
     for name in ("input_ids", "labels", "token_type_ids"):
         if name in batch:
@@ -138,7 +139,7 @@ class _Spread(torch.autograd.Function):
         # No token sees padding, so what comes back from there is nothing.
         own = grad.flatten(0, 1).index_select(0, fold.back)
         own[: fold.shared] = grad[:, : fold.shared].sum(0)
-        own[fold.tokens :] = 0
+        own[fold.real :] = 0
         return own, None
 
 
@@ -154,7 +155,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         fold = ctx.fold
         places = grad.new_zeros(fold.rows * fold.width, *grad.shape[1:])
-        places.index_copy_(0, fold.back[: fold.tokens], grad[: fold.tokens])
+        places.index_copy_(0, fold.back[: fold.real], grad[: fold.real])
         return places.unflatten(0, (fold.rows, fold.width)), None
 
 

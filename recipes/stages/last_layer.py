@@ -27,9 +27,9 @@ MOST = 0.8
 
 
 @contextmanager
-def only_asked_for(network: Any, labels: torch.Tensor, rounded: bool = False) -> Iterator[None]:
-    """Within this the network's last layer, in the backward pass too, serves the labels that carry loss; `rounded`, a
-    few more tokens."""
+def only_asked_for(network: Any, labels: torch.Tensor, few_lengths: bool = False) -> Iterator[None]:
+    """Within this the network's last layer, in the backward pass too, serves the labels that carry loss; with
+    `few_lengths`, some tokens more."""
     found = parts(network)
     if not found:
         yield
@@ -38,7 +38,7 @@ def only_asked_for(network: Any, labels: torch.Tensor, rounded: bool = False) ->
     asked[:, :-1] = labels[:, 1:] != IGNORED
     asked = asked.flatten()
     places = asked.nonzero()[:, 0]
-    if rounded:
+    if few_lengths:
         places = torch.cat([places, (~asked).nonzero()[: cpu.rounded(len(places)) - len(places), 0]])
     with cut(found, places, asked.numel()):
         yield

@@ -4,11 +4,11 @@ import hashlib
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fallback.choose import Attention, Backend, CannotRun, Choice, choose
+from fallback.choose import EXACT, Attention, Backend, CannotRun, Choice, choose
 from recipes.stages import adapter, processes
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
@@ -110,7 +110,9 @@ def load_to_answer(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max
     """`load_trained`, for whoever asks for answers and does not look into layers."""
     from fallback import passes
 
-    choice = choice.to_answer()
+    if choice.device == "cpu" and settings_of(run).dtype == "auto":
+        # Whatever it was trained in.
+        choice = replace(choice, dtype="float32", reasons={**choice.reasons, "dtype": EXACT})
     model = load_trained(recipe, run, chosen, choice, max_length)
     fitting = choice.backend == "peft" and choice.dtype == "float32" and passes.fitting(choice.device)
     if fitting and (why_not := passes.put_together(model.network)):

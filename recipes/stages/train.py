@@ -232,7 +232,7 @@ def train(
             model.network.config.model_type == "gemma3",
             watch,
             settings.fold and unfoldable is None,
-            rounded=choice.device == "cpu" and choice.dtype == "bfloat16",
+            few_lengths=choice.device == "cpu" and choice.dtype == "bfloat16",
         )
         trainer = RecipeTrainer(
             run=run,
