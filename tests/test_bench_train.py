@@ -112,3 +112,15 @@ def test_who_is_not_known(command: Callable[..., Any]) -> None:
     done = command("bench", "train", "--arms", "axolotl")
     assert done.returncode == 2
     assert "--arms 'axolotl': unknown; there are trl" in done.stderr
+
+
+def test_a_figure_tells_what_was_not_measured_and_has_no_interval_of_one_round() -> None:
+    from bench.figures import _faster
+
+    ratio = {"value": 1.5, "low": None, "high": None}
+    once = {"status": "measured", "ours_to_this": ratio, "same_training": True}
+    assert _faster(once) == "x 1.50"
+    other = {**once, "ours_to_this": {**ratio, "low": 1.1, "high": 2.0}, "same_training": False}
+    assert _faster(other) == "x 1.50 [1.10, 2.00], other losses"
+    assert _faster({"status": "failed", "reason": "no room"}) == "failed: no room"
+    assert _faster(None) == ""

@@ -50,7 +50,8 @@ def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Exam
 
 @dataclass
 class ClassValidation:
-    """Answers a part of the validation split as evaluate will answer the test split, and calibrates on it."""
+    """Answers a part of the validation split as evaluate will answer the test split, but in the training's precision,
+    and calibrates on it."""
 
     model: "Model"
     items: Sequence[Example]
@@ -90,7 +91,7 @@ class ClassValidation:
         codes = Codes(self.model.renderer, self.train_rows)
         true = [example.answer for example in self.items]
         prompts = [example.prompt for example in self.items]
-        # As exact as answering will be: a temperature fitted to rougher probabilities was off by half.
+        # No doubt is left between codes, as none is in answers: a temperature fitted to bounds was off by half.
         log_p = score(self.model, codes, prompts, self.max_length, include=true, team=_sharing()).log_p
         predicted = [codes.names[i] for i in log_p.argmax(axis=1)]
         of_true = log_p[np.arange(len(true)), [codes.index[name] for name in true]]
