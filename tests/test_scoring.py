@@ -180,7 +180,7 @@ def check(name: str, backend: str) -> dict[str, Any]:
 
     # A random model finds every code about as likely as any other; one that has learned a little does not.
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=5e-3)
-    for step in range(90):
+    for step in range(160):
         i = step % len(prompts)
         tokens = torch.tensor([encoded[i] + answers[i % 7]])
         logits = network(input_ids=tokens).logits[0, len(encoded[i]) - 1 : -1]
