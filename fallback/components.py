@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from fallback import cpu
 from fallback.gpu import Gpu, read_gpu
 from fallback.probe import Failed, probe
 from fallback.torch_build import TorchBuild, remedy, unusable
@@ -240,4 +241,6 @@ def torch_compile(gpu: Gpu | None) -> Component:
 
 
 def bf16(gpu: Gpu | None) -> Component:
+    if gpu is None and (instructions := cpu.bfloat16()):
+        return Component(True, f"in hardware, by {instructions}; tiny models and answers take float32")
     return _too_old(gpu, (8, 0), "bfloat16 in hardware needs") or Component(True, "in hardware")

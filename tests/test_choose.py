@@ -351,6 +351,10 @@ def test_a_processor_that_multiplies_bfloat16_trains_in_it(
 ) -> None:
     processor(flags)
     assert cpu.bfloat16() == instructions
+    told = components.bf16(None)
+    assert told.usable == (instructions is not None)
+    assert str(instructions or "needs a GPU") in told.reason
+    assert not components.bf16(card("T4")).usable
     trained = choose("llama", gpu=None, trains_large=True)
     assert trained.dtype == ("bfloat16" if instructions else "float32")
     assert str(instructions or "exact") in trained.reasons["dtype"]
