@@ -259,6 +259,28 @@ def test_no_last_layer_is_cut_under_unsloth_nor_of_a_family_that_is_not_known(mo
     assert last_layer.parts(known) == []
 
 
+@pytest.mark.parametrize(("few_lengths", "served"), [(False, 10), (True, 16)])
+def test_the_last_layer_serves_a_number_of_tokens_that_comes_again(few_lengths: bool, served: int) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    from recipes.stages.last_layer import only_asked_for
+
+    network = LlamaModel(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
+    )
+    labels = torch.full((2, 40), -100)
+    labels[:, 30:35] = 1
+    ids = torch.arange(80).view(2, 40) % 8
+    seen: list[int] = []
+    network.layers[-1].mlp.gate_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[:-1].numel()))
+    with torch.no_grad():
+        whole = network(ids).last_hidden_state
+        with only_asked_for(network, labels, few_lengths):
+            some = network(ids).last_hidden_state
+    assert seen == [80, served]
+    torch.testing.assert_close(some[:, 29:34], whole[:, 29:34])
+
+
 @contextmanager
 def original(network: Any) -> Iterator[None]:
     """The network as PEFT and transformers made it, with our numbers in the place of dropout's."""
