@@ -260,11 +260,14 @@ def test_no_last_layer_is_cut_under_unsloth_nor_of_a_family_that_is_not_known(mo
 
 
 @pytest.mark.parametrize(("few_lengths", "served"), [(False, 10), (True, 16)])
-def test_the_last_layer_serves_a_number_of_tokens_that_comes_again(few_lengths: bool, served: int) -> None:
+def test_the_last_layer_serves_a_number_of_tokens_that_comes_again(
+    few_lengths: bool, served: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     from recipes.stages.last_layer import only_asked_for
 
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     network = LlamaModel(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
     )
