@@ -109,7 +109,8 @@ class PortableLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if any(ctx.needs_input_grad[1:3]):
-            raise NotImplementedError("a head that is trained itself")
+            # Without this it would quietly stay as it was: LoRA alone is trained, and the logits are gone.
+            raise RuntimeError("the head has to be frozen: this loss gives gradients for hidden states alone")
         (slopes,) = ctx.saved_tensors
         return (slopes * grad_log_probs[:, None]).to(ctx.dtype), *[None] * 8
 

@@ -70,10 +70,18 @@ def test_values_and_gradients(
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, _, targets = inputs(False)
+    hidden.requires_grad_()
+    PortableLogProb.apply(hidden, weight, None, targets)[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
 def test_a_head_that_is_trained_is_refused() -> None:
     hidden, weight, _, targets = inputs(False)
     found = PortableLogProb.apply(hidden.requires_grad_(), weight.requires_grad_(), None, targets)[0]
-    with pytest.raises(NotImplementedError, match="trained"):
+    with pytest.raises(RuntimeError, match="has to be frozen"):
         found.sum().backward()
 
 
