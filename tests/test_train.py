@@ -1,5 +1,7 @@
 """Steps, starts, batches, and the shape of a run."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import recipe
@@ -7,7 +9,7 @@ from conftest import recipe
 from recipes.stages.loading import start_lora
 from recipes.stages.recipe import Settings
 from recipes.stages.train import optimizer_steps
-from recipes.stages.validation import evaluations
+from recipes.stages.validation import answers_due, evaluations
 
 
 def test_steps_as_published() -> None:
@@ -47,8 +49,24 @@ def test_the_start_depends_on_names_and_seed_not_on_order(init: str) -> None:
 
 def test_validation_is_a_small_part_of_a_training() -> None:
     """A row of it costs about half of a trained one; it may come to a twentieth of them."""
-    assert evaluations(570, 9_120, 389) == 2
-    assert evaluations(51_000, 816_000, 400) == 20
-    assert evaluations(30, 240, 200) == 1
+    assert evaluations(9_120, 389) == 2
+    assert evaluations(816_000, 400) == 20
+    assert evaluations(240, 200) == 1
     for trained in (2_000, 9_000, 70_000):
-        assert evaluations(trained, trained, 80) * 80 * 0.5 <= 0.05 * trained
+        assert evaluations(trained, 80) * 80 * 0.5 <= 0.05 * trained
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [
+        (30, 30, [30]),
+        (120, 18, [120]),
+        (160, 20, [80, 160]),
+        (400, 20, [80, 160, 240, 320, 400]),
+        (1000, 400, [400, 800, 1000]),
+    ],
+)
+def test_a_few_answers_are_written_rarely_and_at_the_end(steps: int, every: int, expected: list[int]) -> None:
+    """They take as long as two steps, however few validation rows there are."""
+    looked = [*range(every, steps, every), steps]
+    assert [b for a, b in pairwise([0, *looked]) if answers_due(a, b, steps)] == expected

@@ -96,7 +96,7 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
 
 def evaluated_every(steps: int, settings: Settings, validation: Any) -> int:
     trained = steps * settings.batch_size * settings.accumulation * processes.world()
-    return math.ceil(steps / evaluations(steps, trained, len(validation.items)))
+    return math.ceil(steps / evaluations(trained, len(validation.items), validation.share))
 
 
 # Steps from which the time of the whole training is estimated first.
@@ -140,11 +140,8 @@ def train(
     held_out = examples(recipe, run, "val")
     early = EarlyStopping.parse(settings.early_stopping)
     classes, drawn, objective = [0] * len(items), [len(items)], None
+    team = processes.team()
     validation: ClassValidation | AnswerValidation
-    validation = AnswerValidation(
-        model, held_out[:VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
-        run.logs / "answers.jsonl",
-    )  # fmt: skip
     # Chat models are trained beyond the lowest validation loss on purpose; their last adapter is kept.
     keep_best = early is not None and early.watch == "validation"
     if isinstance(balance, Balance):
@@ -154,8 +151,12 @@ def train(
         classes = [names.index(str(example.label)) for example in items]
         sizes = list(validation.train_rows.values())
         drawn, objective = draws(sizes, balance), Objective.of(sizes, balance)
-    team = processes.team()
     steps = optimizer_steps(sum(drawn), settings, team.size)
+    if objective is None:
+        validation = AnswerValidation(
+            model, held_out[:VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
+            run.logs / "answers.jsonl", steps,
+        )  # fmt: skip
     trainable = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     say(
         f"training {trainable:,} parameters on {sum(drawn):,} examples: {steps:,} steps "
@@ -178,6 +179,8 @@ def train(
     start = step_of(resume)
     before = kept_lines(run.path / "steps.jsonl", start)
     validation.recall(kept_lines(run.path / "validation.jsonl", start))
+    if isinstance(validation, AnswerValidation):
+        kept_lines(validation.log, start)
     losses = [line["loss"] for line in before]
     replaced: dict[str, int] = {}
     with (

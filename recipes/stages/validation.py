@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 
 # A validation row costs about this share of a training row: no backward pass, but a walk over the codes.
 _VALIDATION_COST = 0.55
-# Share of the training time that choosing the best checkpoint may cost.
+# Share of the training time that looking at it may cost.
 _VALIDATION_SHARE = 0.05
 # Validation examples whose loss is watched, where answers are free text.
 VALIDATION_ANSWERS = 200
+# A few short answers, token by token, take as long as two optimiser steps: half of what looking at so many may cost.
+_STEPS_FOR_ANSWERS = 80
 
 
-def evaluations(steps: int, trained_rows: int, validation_rows: int) -> int:
+def evaluations(trained_rows: int, validation_rows: int, share: float = _VALIDATION_SHARE) -> int:
     """How many evaluations the training can afford; the last one is at its end."""
-    return max(1, min(20, int(_VALIDATION_SHARE * trained_rows / (_VALIDATION_COST * validation_rows))))
+    return max(1, min(20, int(share * trained_rows / (_VALIDATION_COST * validation_rows))))
+
+
+def answers_due(before: int, step: int, steps: int) -> bool:
+    """Whether a few answers are written at this step's evaluation; `before` is that of the evaluation before."""
+    times = max(1, steps // _STEPS_FOR_ANSWERS)
+    return step * times // steps > before * times // steps
 
 
 def _sharing() -> processes.Team:
@@ -63,6 +71,7 @@ class ClassValidation:
     higher_is_better: bool = True
     temperature: float = 1.0
     seconds: float = 0.0
+    share: float = _VALIDATION_SHARE
 
     @classmethod
     def on(
@@ -80,7 +89,7 @@ class ClassValidation:
     def known(self) -> Known:
         return Known(self.train_rows, self.temperature)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, step: int) -> dict[str, float]:
         import numpy as np
 
         from recipes.stages.classes import averages
@@ -129,31 +138,44 @@ class AnswerValidation:
     sampling: Sampling
     stop: Sequence[str]
     log: Path
-    """Where a few answers are written at every evaluation: numbers alone do not show how a persona speaks."""
+    """Where a few answers are written now and then: numbers alone do not show how a persona speaks."""
+    steps: int
+    """Of the whole training."""
     metric: str = "loss"
     higher_is_better: bool = False
     known: Known | None = None
     seconds: float = 0.0
+    share: float = _VALIDATION_SHARE / 2
+    """The other half is for answers."""
+    before: int = 0
+    """The step of the evaluation before."""
 
-    def __call__(self) -> dict[str, float]:
-        from recipes.stages.generation import generate
+    def __call__(self, step: int) -> dict[str, float]:
         from recipes.stages.likelihood import answer_loss
 
         began = time.perf_counter()
         found = answer_loss(self.model, self.items, self.max_length, team=_sharing())
+        if answers_due(self.before, step, self.steps):
+            self._answer(step, found["loss"])
+        self.before = step
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        return {"loss": found["loss"], "perplexity": found["perplexity"], "seconds": round(seconds, 3)}
+
+    def _answer(self, step: int, loss: float) -> None:
+        from recipes.stages.generation import generate
+
         shown = self.items[:3]
         brief = replace(self.sampling, temperature=0.0, max_new_tokens=min(40, self.sampling.max_new_tokens))
         answers = generate(self.model, [item.prompt for item in shown], brief, self.stop, self.max_length)
         with (self.log if processes.rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8") as file:
             for item, answer in zip(shown, answers, strict=True):
-                line = {"loss": found["loss"], "question": item.text, "answer": answer.text}
+                line = {"step": step, "loss": loss, "question": item.text, "answer": answer.text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
-        return {"loss": found["loss"], "perplexity": found["perplexity"], "seconds": round(seconds, 3)}
 
     def recall(self, lines: Sequence[dict[str, float]]) -> None:
         self.seconds += sum(line["eval_seconds"] for line in lines)
+        self.before = int(lines[-1]["step"]) if lines else 0
 
     @staticmethod
     def told(metrics: dict[str, float]) -> str:
