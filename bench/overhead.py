@@ -63,7 +63,8 @@ class Beside(TrainingMeter):
         self.trainer = trainer
         learned = [p for p in trainer.model.parameters() if p.requires_grad]
         # No step of it moves anything: the training beside it should not notice.
-        self.optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0)
+        fused = trainer.args.optim.endswith("_fused")
+        self.optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0, fused=fused)
         super().begin(trainer)
 
     def batch(self, batch: Any) -> None:

@@ -108,7 +108,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
             gradient_accumulation_steps=settings.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.scheduler,
-            optim=choice.optimizer,
+            optim=choice.trainers_optimizer,
             gradient_checkpointing=settings.checkpointing,
             bf16=choice.dtype == "bfloat16",
             fp16=choice.dtype == "float16",

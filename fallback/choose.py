@@ -78,6 +78,12 @@ class Choice:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         return importlib.import_module(_MODULES[self.backend])
 
+    @property
+    def trainers_optimizer(self) -> str:
+        """As transformers' Trainer calls it."""
+        # On a CPU one pass over memory instead of a dozen. On a GPU nobody measured it.
+        return "adamw_torch_fused" if (self.device, self.optimizer) == ("cpu", "adamw_torch") else self.optimizer
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -20,8 +20,11 @@ from recipes.stages import fine_tune, loading
 from recipes.stages.base_model import Chosen
 from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
+from recipes.stages.recipe import Sampling, Settings
 from recipes.stages.resume import Begun
 from recipes.stages.run import Run
+from recipes.stages.train import sft_arguments
+from recipes.stages.validation import AnswerValidation
 
 CU126 = TorchBuild("2.14.1+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
 CU128 = TorchBuild("2.10.0+cu128", "12.8", ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"))
@@ -397,3 +400,20 @@ def test_a_training_goes_on_in_the_precision_it_was_begun_in(monkeypatch: pytest
     assert not fine_tune.in_bfloat16(replace(small, size="tiny"), None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not fine_tune.in_bfloat16(small, None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "named", "expected"),
+    [
+        (None, "paged_adamw_8bit", "adamw_torch_fused"),
+        (None, "adamw_torch", "adamw_torch_fused"),
+        ("RTX 3060", "paged_adamw_8bit", "paged_adamw_8bit"),
+        ("RTX 3060", "adamw_torch", "adamw_torch"),
+    ],
+)
+def test_adamw_is_fused_on_cpus(gpu: str | None, named: Any, expected: str, tmp_path: Path) -> None:
+    choice = choose("llama", "peft", optimizer=named, gpu=card(gpu) if gpu else None, build=CU130)
+    # transformers would refuse the card's precision on a machine without it.
+    choice = replace(choice, dtype="float32")
+    looking = AnswerValidation(None, [None], 8, Sampling(), (), tmp_path, 9)  # type: ignore[arg-type, list-item]
+    assert sft_arguments(Settings(optimizer=named), choice, Run(tmp_path), 9, looking).optim == expected

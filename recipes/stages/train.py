@@ -67,7 +67,7 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim=choice.optimizer,
+        optim=choice.trainers_optimizer,
         gradient_checkpointing=settings.checkpointing,
         neftune_noise_alpha=settings.neftune_alpha or None,
         bf16=choice.dtype == "bfloat16",
