@@ -63,7 +63,8 @@ class Beside(TrainingMeter):
         self.trainer = trainer
         learned = [p for p in trainer.model.parameters() if p.requires_grad]
         # No step of it moves anything: the training beside it should not notice.
-        fused = trainer.args.optim.endswith("_fused")
+        # None leaves torch its choice, False forbids more than that.
+        fused = trainer.args.optim.endswith("_fused") or None
         self.optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0, fused=fused)
         super().begin(trainer)
 

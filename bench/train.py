@@ -206,12 +206,20 @@ def losses_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def table(found: dict[str, Any]) -> str:
     header = ["arm", "tokens/s", "answer tokens/s", "rows/s", "first step", "peak memory", "ours is", "same losses"]
     made = markdown(header, [[arm, *_cells(of)] for arm, of in found["arms"].items()])
-    handicaps = [
+    told = [
         f"{arm} is slower here than elsewhere: {of['handicap']}."
         for arm, of in found["arms"].items()
         if "handicap" in of
     ]
-    return "\n\n".join([made, *handicaps])
+    ours = found["arms"][OURS]
+    if ours["status"] == "measured":
+        told.append(
+            f"Ours computes at {ours['mfu']:.0%} of the {ours['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s at which "
+            "this machine multiplies large matrices."
+        )
+    if found["best_other"]:
+        told.append(f"The fastest other is {found['best_other']}: ours is x {found['ratio_to_best_other']:.2f}.")
+    return "\n\n".join([made, *told])
 
 
 def _cells(of: dict[str, Any]) -> list[str]:

@@ -36,6 +36,8 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     said = table(found)
     assert "no, 33.3% apart" in said
     assert "failed: no compiler" in said
+    assert "Ours computes at 30% of the 100 GFLOP/s" in said
+    assert "The fastest other is unsloth: ours is x 1.50." in said
     drawn = compared(rows, ("trl", "unsloth"), dropout=True)
     assert drawn["arms"]["trl"]["same_training"] is None
     assert "| 0.1% apart |" in table(drawn)

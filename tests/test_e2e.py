@@ -88,6 +88,10 @@ def test_a_recipe_trains_saves_reloads_and_answers(name: str, backend: str, fold
     assert "NOT" in json.loads((run / "training_config.json").read_text())["notice"]
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["train"]["optimizer_steps"] == len(record)
+    if name != LEARNS:
+        # Not at every evaluation: they take as long as steps.
+        answers = (run / "logs" / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+        assert [json.loads(line)["step"] for line in answers if line] == [len(record)] * 3
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == metrics["test"]["rows"]
 

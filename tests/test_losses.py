@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import found_under, need
 
+from fallback import cpu
 from fallback.choose import BACKENDS, choose
 from recipes.stages.recipe import Balance
 
@@ -199,6 +200,14 @@ def test_a_head_that_takes_means_of_parts_loses_no_weight(found: dict[str, Any])
     assert found["means"] == pytest.approx(found["plain"], rel=1e-5)
 
 
+def test_the_last_layer_is_told_of_few_lengths(found: dict[str, Any]) -> None:
+    exact, few, asked = (found["served"][name] for name in ("exact", "few", "asked"))
+    if found["backend"] == "unsloth":
+        pytest.skip("under Unsloth the last layer serves every token")
+    assert exact == asked
+    assert few == cpu.rounded(asked) > asked
+
+
 def check(backend: str) -> dict[str, Any]:
     from recipes.gemma3_12b_opercode import RECIPE
     from recipes.samples.payments import OPERATIONS
@@ -307,7 +316,21 @@ def check(backend: str) -> dict[str, Any]:
             counts[label] = [float(count), float(Trainer._get_num_items_in_batch(here, parts, here.args.device))]
         here.train()
         losses[label] = next(log["loss"] for log in here.state.log_history if "loss" in log)
-    return {"gradients": gradients, "updates": updates, "counts": counts, **losses}
+    served: dict[str, int] = {}
+    down = [module for name, module in model.network.named_modules() if name.endswith("mlp.down_proj")][-1]
+    for name in ("exact", "few"):
+        collate.few_lengths = name == "few"
+        # Of six tokens each: with eight of them nothing would be left to round.
+        here = trainer(Balance(), 7, 1)
+        (parts,), _ = here.get_batch_samples(iter(here.get_train_dataloader()), 1, here.args.device)
+        served["asked"] = int((parts[0]["labels"][:, 1:] != -100).sum())
+        hook = down.register_forward_pre_hook(
+            lambda _, given, name=name: served.update({name: given[0].flatten(0, -2).shape[0]})
+        )
+        here.train()
+        hook.remove()
+    found = {"gradients": gradients, "updates": updates, "counts": counts, "served": served}
+    return {"backend": backend, **found, **losses}
 
 
 if __name__ == "__main__":

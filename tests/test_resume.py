@@ -33,7 +33,9 @@ HARD = {
     "gemma3_1b_counsel": ("peft", "--max-steps", "8"),
     "llama_1b_civil": ("unsloth", "--max-steps", "8", "--neftune-alpha", "5"),
     "polyglot_1_3b_ohlora": ("unsloth", "--max-steps", "8"),
-    "gemma2_2b_ohlora": ("peft", "--max-steps", "8", "--early-stopping", "patience=3,watch=train", "--log-every", "1"),
+    "gemma2_2b_ohlora": (
+        "peft", "--max-steps", "8", "--early-stopping", "patience=3,min_delta=9,watch=train", "--log-every", "1",
+    ),
 }  # fmt: skip
 # A process that kills itself with SIGKILL when the function is called for the n-th time, as a power cut would.
 KILL = """
@@ -413,6 +415,17 @@ def test_a_torn_line_at_the_end_of_a_log_is_taken_away(tmp_path: Path) -> None:
     assert [line["step"] for line in kept_lines(log, 2)] == [1, 2]
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert kept_lines(tmp_path / "absent.jsonl", 5) == []
+
+
+def test_what_a_log_keeps_stays_as_it_was_written(tmp_path: Path) -> None:
+    """Answers are Korean, and may hold what Unicode calls an end of a line."""
+    from recipes.stages.train import kept_lines
+
+    log = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"step": n, "answer": "네,\u2028그렇죠\x85"}, ensure_ascii=False) + "\n" for n in (1, 2, 3)]
+    log.write_text("".join(lines), encoding="utf-8")
+    assert [line["step"] for line in kept_lines(log, 2)] == [1, 2]
+    assert log.read_text(encoding="utf-8") == "".join(lines[:2])
 
 
 # From its first step on the process gets no more than so much memory on top of what it has.

@@ -16,6 +16,8 @@ def test_steps_as_published() -> None:
     assert optimizer_steps(5046, recipe("gemma3_1b_counsel").settings) == 6310
     assert optimizer_steps(272_066, recipe("gemma3_12b_opercode").settings) == 51_015
     assert optimizer_steps(100, Settings(max_steps=7)) == 7
+    # More than the epochs come to: the Trainer begins another one.
+    assert optimizer_steps(100, Settings(max_steps=7_000)) == 7_000
 
 
 class Layers(torch.nn.Module):

@@ -107,9 +107,10 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         if processes.rank() == 0:
             run.add_metrics(base_model=chosen.stored(), train=metrics)
             shutil.rmtree(run.checkpoints, ignore_errors=True)
+        means = f", means of {metrics['loss_window']} steps," if metrics["loss_window"] > 1 else ""
         say(
-            f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['train_seconds']:.0f} s; "
-            f"adapter in {run.adapter}"
+            f"loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f}{means} in "
+            f"{metrics['train_seconds']:.0f} s; adapter in {run.adapter}"
         )
     # What was trained is circles of references, and as large as what its caller may load next.
     leave_out.let_go()

@@ -39,7 +39,7 @@ class Settings:
     epochs: float = 3.0
     """Passes over the training split."""
     max_steps: int | None = None
-    """Stop after this many optimiser steps, whatever the epochs say."""
+    """Train for this many optimiser steps, whatever the epochs say."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     batch_size: int = 2

@@ -46,8 +46,7 @@ def examples(recipe: Recipe, run: Run, split: str) -> list[Example]:
 def optimizer_steps(rows: int, settings: Settings, world: int = 1) -> int:
     """As transformers' Trainer counts them; rows are those that an epoch draws."""
     per_epoch = max(1, math.ceil(rows / (settings.batch_size * settings.accumulation * world)))
-    steps = math.ceil(per_epoch * settings.epochs)
-    return min(steps, settings.max_steps) if settings.max_steps else steps
+    return settings.max_steps or math.ceil(per_epoch * settings.epochs)
 
 
 def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, validation: Any, often: bool = True) -> Any:
@@ -96,7 +95,7 @@ def sft_arguments(settings: Settings, choice: Choice, run: Run, steps: int, vali
 
 def evaluated_every(steps: int, settings: Settings, validation: Any) -> int:
     trained = steps * settings.batch_size * settings.accumulation * processes.world()
-    return math.ceil(steps / evaluations(trained, len(validation.items), validation.share))
+    return math.ceil(steps / evaluations(trained, len(validation.items), validation.share_of_time))
 
 
 # Steps from which the time of the whole training is estimated first.
@@ -151,12 +150,12 @@ def train(
         classes = [names.index(str(example.label)) for example in items]
         sizes = list(validation.train_rows.values())
         drawn, objective = draws(sizes, balance), Objective.of(sizes, balance)
-    steps = optimizer_steps(sum(drawn), settings, team.size)
-    if objective is None:
+    else:
         validation = AnswerValidation(
             model, held_out[:VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
-            run.logs / "answers.jsonl", steps,
+            run.logs / "answers.jsonl", optimizer_steps(len(items), settings, team.size),
         )  # fmt: skip
+    steps = optimizer_steps(sum(drawn), settings, team.size)
     trainable = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     say(
         f"training {trainable:,} parameters on {sum(drawn):,} examples: {steps:,} steps "
@@ -293,6 +292,7 @@ def train(
         "padded_tokens": batches.padded_tokens,
         "computed_tokens": batches.computed_tokens,
         **{f"train_{key}": value for key, value in counts.items()},
+        "loss_window": window,
         "first_loss": sum(losses[:window]) / window,
         "final_loss": sum(losses[-window:]) / window,
         "memory_bytes": {**memory, "peak": memory_in_use(choice.device == "cuda", peak=True)},
@@ -348,17 +348,19 @@ def _bad_steps(choice: Choice) -> int:
 
 def kept_lines(path: Path, steps: int) -> list[dict[str, Any]]:
     """The lines of a log up to this step; what came after them, or was cut off, is taken away from the file."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    kept, lines = list[str](), list[dict[str, Any]]()
+    # Not splitlines(): an answer may hold other ends of lines than ours.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             value = json.loads(line)
             if value["step"] > steps:
                 break
         except (ValueError, TypeError, KeyError):
             break
+        kept.append(f"{line}\n")
         lines.append(value)
     if processes.rank() == 0:
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(path, "".join(kept))
     return lines
 
 

@@ -23,18 +23,18 @@ _VALIDATION_COST = 0.55
 _VALIDATION_SHARE = 0.05
 # Validation examples whose loss is watched, where answers are free text.
 VALIDATION_ANSWERS = 200
-# A few short answers, token by token, take as long as two optimiser steps: half of what looking at so many may cost.
-_STEPS_FOR_ANSWERS = 80
+# A few short answers, token by token, took as long as two optimiser steps of small models on CPUs: 2.5 % of so many.
+_STEPS_BETWEEN_ANSWERS = 80
 
 
-def evaluations(trained_rows: int, validation_rows: int, share: float = _VALIDATION_SHARE) -> int:
-    """How many evaluations the training can afford; the last one is at its end."""
-    return max(1, min(20, int(share * trained_rows / (_VALIDATION_COST * validation_rows))))
+def evaluations(trained_rows: int, validation_rows: int, share_of_time: float = _VALIDATION_SHARE) -> int:
+    """How many evaluations the training can afford; one, at its end, whatever it costs."""
+    return max(1, min(20, int(share_of_time * trained_rows / (_VALIDATION_COST * validation_rows))))
 
 
 def answers_due(before: int, step: int, steps: int) -> bool:
-    """Whether a few answers are written at this step's evaluation; `before` is that of the evaluation before."""
-    times = max(1, steps // _STEPS_FOR_ANSWERS)
+    """Whether a few answers are written at this step's evaluation, by its place and that of the evaluation before."""
+    times = max(1, steps // _STEPS_BETWEEN_ANSWERS)
     return step * times // steps > before * times // steps
 
 
@@ -71,7 +71,7 @@ class ClassValidation:
     higher_is_better: bool = True
     temperature: float = 1.0
     seconds: float = 0.0
-    share: float = _VALIDATION_SHARE
+    share_of_time: float = _VALIDATION_SHARE
 
     @classmethod
     def on(
@@ -89,7 +89,7 @@ class ClassValidation:
     def known(self) -> Known:
         return Known(self.train_rows, self.temperature)
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, last: bool) -> dict[str, float]:
         import numpy as np
 
         from recipes.stages.classes import averages
@@ -145,24 +145,24 @@ class AnswerValidation:
     higher_is_better: bool = False
     known: Known | None = None
     seconds: float = 0.0
-    share: float = _VALIDATION_SHARE / 2
+    share_of_time: float = _VALIDATION_SHARE / 2
     """The other half is for answers."""
-    before: int = 0
-    """The step of the evaluation before."""
+    evaluated_at: int = 0
+    """The last step with an evaluation."""
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, last: bool) -> dict[str, float]:
         from recipes.stages.likelihood import answer_loss
 
         began = time.perf_counter()
         found = answer_loss(self.model, self.items, self.max_length, team=_sharing())
-        if answers_due(self.before, step, self.steps):
-            self._answer(step, found["loss"])
-        self.before = step
+        if last or answers_due(self.evaluated_at, step, self.steps):
+            self._write_answers(step, found["loss"])
+        self.evaluated_at = step
         seconds = time.perf_counter() - began
         self.seconds += seconds
         return {"loss": found["loss"], "perplexity": found["perplexity"], "seconds": round(seconds, 3)}
 
-    def _answer(self, step: int, loss: float) -> None:
+    def _write_answers(self, step: int, loss: float) -> None:
         from recipes.stages.generation import generate
 
         shown = self.items[:3]
@@ -175,7 +175,7 @@ class AnswerValidation:
 
     def recall(self, lines: Sequence[dict[str, float]]) -> None:
         self.seconds += sum(line["eval_seconds"] for line in lines)
-        self.before = int(lines[-1]["step"]) if lines else 0
+        self.evaluated_at = int(lines[-1]["step"]) if lines else 0
 
     @staticmethod
     def told(metrics: dict[str, float]) -> str:
