@@ -415,5 +415,5 @@ def test_adamw_is_fused_on_cpus(gpu: str | None, named: Any, expected: str, tmp_
     choice = choose("llama", "peft", optimizer=named, gpu=card(gpu) if gpu else None, build=CU130)
     # transformers would refuse the card's precision on a machine without it.
     choice = replace(choice, dtype="float32")
-    looking = AnswerValidation(None, [None], 8, Sampling(), (), tmp_path, 9)  # type: ignore[arg-type, list-item]
+    looking = AnswerValidation(None, [None], 8, Sampling(), (), tmp_path)  # type: ignore[arg-type, list-item]
     assert sft_arguments(Settings(optimizer=named), choice, Run(tmp_path), 9, looking).optim == expected

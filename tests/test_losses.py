@@ -251,7 +251,7 @@ def check(backend: str) -> dict[str, Any]:
     def trainer(balance: Balance, batch_size: int, accumulation: int, objective: bool = True) -> Any:
         reset()
         mine = replace(settings, batch_size=batch_size, accumulation=accumulation, batch_tokens=0, max_steps=1)
-        watched = AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path(), 1)  # type: ignore[list-item]
+        watched = AnswerValidation(model, [None], 512, RECIPE.sampling, (), Path())  # type: ignore[list-item]
         run = Run(Path(tempfile.mkdtemp()))
         arguments = train.sft_arguments(mine, choice, run, 1, watched)
         arguments.eval_strategy = "no"

@@ -139,7 +139,6 @@ def train(
     held_out = examples(recipe, run, "val")
     early = EarlyStopping.parse(settings.early_stopping)
     classes, drawn, objective = [0] * len(items), [len(items)], None
-    team = processes.team()
     validation: ClassValidation | AnswerValidation
     # Chat models are trained beyond the lowest validation loss on purpose; their last adapter is kept.
     keep_best = early is not None and early.watch == "validation"
@@ -153,8 +152,9 @@ def train(
     else:
         validation = AnswerValidation(
             model, held_out[:VALIDATION_ANSWERS], settings.max_length, recipe.sampling, recipe.stop,
-            run.logs / "answers.jsonl", optimizer_steps(len(items), settings, team.size),
+            run.logs / "answers.jsonl",
         )  # fmt: skip
+    team = processes.team()
     steps = optimizer_steps(sum(drawn), settings, team.size)
     trainable = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     say(

@@ -47,7 +47,7 @@ class RecipeTrainer(SFTTrainer):
         run: Run,
         steps: Steps,
         objective: Objective | None = None,
-        validate: Callable[[int, bool], dict[str, float]] | None = None,
+        validate: Callable[[int, int], dict[str, float]] | None = None,
         own_loss: bool = True,
         **arguments: Any,
     ):
@@ -233,9 +233,9 @@ class RecipeTrainer(SFTTrainer):
         """By answers, not by tokens: what counts is whether the code is right."""
         assert self.validate is not None
         self.model.eval()
-        step, ending = self.state.global_step, self.control.should_training_stop
-        found = self.validate(step, ending or step >= self.state.max_steps)
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+        step = self.state.global_step
+        steps = step if self.control.should_training_stop else self.state.max_steps
+        metrics = {f"eval_{name}": value for name, value in self.validate(step, steps).items()}
         self.log(dict(metrics))
         self.model.train()
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

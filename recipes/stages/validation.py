@@ -33,7 +33,8 @@ def evaluations(trained_rows: int, validation_rows: int, share_of_time: float = 
 
 
 def answers_due(before: int, step: int, steps: int) -> bool:
-    """Whether a few answers are written at this step's evaluation, by its place and that of the evaluation before."""
+    """Whether a few answers are written at this step's evaluation, by its place and that of the evaluation before;
+    always at the last of the steps."""
     times = max(1, steps // _STEPS_BETWEEN_ANSWERS)
     return step * times // steps > before * times // steps
 
@@ -89,7 +90,7 @@ class ClassValidation:
     def known(self) -> Known:
         return Known(self.train_rows, self.temperature)
 
-    def __call__(self, step: int, last: bool) -> dict[str, float]:
+    def __call__(self, step: int, steps: int) -> dict[str, float]:
         import numpy as np
 
         from recipes.stages.classes import averages
@@ -139,8 +140,6 @@ class AnswerValidation:
     stop: Sequence[str]
     log: Path
     """Where a few answers are written now and then: numbers alone do not show how a persona speaks."""
-    steps: int
-    """Of the whole training."""
     metric: str = "loss"
     higher_is_better: bool = False
     known: Known | None = None
@@ -150,12 +149,12 @@ class AnswerValidation:
     evaluated_at: int = 0
     """The last step with an evaluation."""
 
-    def __call__(self, step: int, last: bool) -> dict[str, float]:
+    def __call__(self, step: int, steps: int) -> dict[str, float]:
         from recipes.stages.likelihood import answer_loss
 
         began = time.perf_counter()
         found = answer_loss(self.model, self.items, self.max_length, team=_sharing())
-        if last or answers_due(self.evaluated_at, step, self.steps):
+        if answers_due(self.evaluated_at, step, steps):
             self._write_answers(step, found["loss"])
         self.evaluated_at = step
         seconds = time.perf_counter() - began
