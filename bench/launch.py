@@ -1,10 +1,13 @@
-"""The parent: one interpreter for every case, one after the other; whatever becomes of it is a row."""
+"""The parent: one interpreter for every case, one after the other or in turns; whatever becomes of it is a row."""
 
 import json
 import os
+import random
 import re
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from bench.turns import CHANNEL
 from recipes.stages.console import private
 from recipes.stages.recipe import UserError
 from recipes.stages.run import BrokenFile, read_json, read_jsonl, write_json, write_whole
@@ -71,40 +75,107 @@ def _key(case: Case) -> dict[str, Any]:
 
 def one(case: Case, folder: Path, limit_seconds: float, worker: str = "bench.worker") -> dict[str, Any]:
     """Run one case to its end, its time limit or its failure."""
-    work = folder / "work" / case.name
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_json(work / "case.json", asdict(case))
-    log = folder / "logs" / f"{case.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    files = [str((work / name).resolve()) for name in ("case.json", "out.json", "run")]
-    command = [sys.executable, "-m", worker, *files]
-    began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        # A group of its own: whatever it starts ends with it.
-        child = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            status = child.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    row: dict[str, Any] = {**_key(case), "flags": list(case.flags), "seconds": round(time.perf_counter() - began, 2)}
-    if status == 0:
-        row |= {"status": "measured", **read_json(work / "out.json")}
-    else:
-        libraries = work / "run" / "logs" / "libraries.log"
-        tail = [line for file in (libraries, log) for line in _tail(file)]
-        row |= {**_reason(status, tail, limit_seconds), "tail": tail}
-    # Adapters of measurements are of no use to anybody.
-    shutil.rmtree(work, ignore_errors=True)
-    with suppress(OSError):
-        work.parent.rmdir()
-    return row
+    return in_turns([case], folder, limit_seconds, lambda _: worker)[0]
+
+
+def in_turns(
+    cases: Sequence[Case],
+    folder: Path,
+    limit_seconds: float,
+    worker: Callable[[Case], str],
+    order: random.Random | None = None,
+) -> list[dict[str, Any]]:
+    """Run cases that are in memory at once and of which one runs at a time, from where it calls Turns.wait to where it
+    calls it again: so they all see a machine whose speed changes from second to second in the same state. A case that
+    fails, or has used up its time, leaves the others to go on."""
+    children: list[_Child] = []
+    try:
+        for case in cases:
+            children.append(_Child(case, folder, limit_seconds, worker(case)))
+            children[-1].turn()
+        while going := [child for child in children if child.goes_on]:
+            if order:
+                order.shuffle(going)
+            for child in going:
+                child.turn()
+    finally:
+        for child in children:
+            child.end()
+    return [child.row() for child in children]
+
+
+class _Child:
+    """A case in an interpreter of its own."""
+
+    def __init__(self, case: Case, folder: Path, limit_seconds: float, worker: str) -> None:
+        self.case, self.limit = case, limit_seconds
+        self.seconds = 0.0
+        self.work = folder / "work" / case.name
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        write_json(self.work / "case.json", asdict(case))
+        self.log = folder / "logs" / f"{case.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        files = [str((self.work / name).resolve()) for name in ("case.json", "out.json", "run")]
+        self.channel, theirs = socket.socketpair()
+        with theirs, self.log.open("w", encoding="utf-8") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", worker, *files],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, CHANNEL: str(theirs.fileno())},
+                pass_fds=(theirs.fileno(),),
+                # A group of its own: whatever it starts stops with it and ends with it.
+                start_new_session=True,
+            )
+        self.waits = False
+
+    @property
+    def goes_on(self) -> bool:
+        return self.process.returncode is None and self.seconds < self.limit
+
+    def turn(self) -> None:
+        """Let it run until it waits, ends, or has used up its time."""
+        began = time.perf_counter()
+        if self.waits:
+            os.killpg(self.process.pid, signal.SIGCONT)
+            self.channel.sendall(b".")
+            self.waits = False
+        while not self.waits and self.process.poll() is None:
+            left = self.limit - self.seconds - (time.perf_counter() - began)
+            if left <= 0:
+                break
+            if select.select([self.channel], [], [], min(left, 0.5))[0]:
+                self.waits = bool(self.channel.recv(1))
+                if not self.waits:
+                    # Its end of the channel is closed, as a process does that ends.
+                    with suppress(subprocess.TimeoutExpired):
+                        self.process.wait(left)
+        if self.waits:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+        self.seconds += time.perf_counter() - began
+
+    def end(self) -> None:
+        self.status = self.process.poll()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.channel.close()
+
+    def row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {**_key(self.case), "flags": list(self.case.flags), "seconds": round(self.seconds, 2)}
+        if self.status == 0:
+            row |= {"status": "measured", **read_json(self.work / "out.json")}
+        else:
+            libraries = self.work / "run" / "logs" / "libraries.log"
+            tail = [line for file in (libraries, self.log) for line in _tail(file)]
+            row |= {**_reason(self.status, tail, self.limit), "tail": tail}
+        # Adapters of measurements are of no use to anybody.
+        shutil.rmtree(self.work, ignore_errors=True)
+        with suppress(OSError):
+            self.work.parent.rmdir()
+        return row
 
 
 def _tail(log: Path) -> list[str]:

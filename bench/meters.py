@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from bench.held import storages, weights
+from bench.turns import Turns
 from recipes.stages.train import memory_in_use
 
 
@@ -71,11 +72,14 @@ class TrainingMeter:
         self.used: dict[str, Any] = {}
         """What was in use at the last step; the only evaluation comes after it."""
         self.joules: list[float | None] = []
+        """Of each step."""
         self.throttled: list[bool | None] = []
         self.parts: list[int] = []
         self.tensor_bytes: dict[str, int] = {}
         """What the model, its gradients and its optimiser hold, counted tensor by tensor."""
         self._gpu: GpuMeter | None = None
+        self._turns = Turns()
+        self._joules: float | None = None
         self._last = 0.0
         # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
         planted, _, share = os.environ.get("BENCH_PLANT_SLEEP", "").rpartition(":")
@@ -106,7 +110,12 @@ class TrainingMeter:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self.joules.append(self._gpu.joules())
+        self._next()
+
+    def _next(self) -> None:
+        assert self._gpu is not None
+        self._turns.wait()
+        self._joules = self._gpu.joules()
         self._last = time.perf_counter()
 
     def step(self) -> None:
@@ -119,10 +128,11 @@ class TrainingMeter:
             self.tensor_bytes = tensors_of(self._trainer)
             # Or the model stays, and beside it the one that answers is loaded.
             self._trainer = None
-        self.joules.append(self._gpu.joules())
+        joules = self._gpu.joules()
+        self.joules.append(joules - self._joules if joules is not None and self._joules is not None else None)
         self.throttled.append(self._gpu.throttled())
         self.used = self._memory()
-        self._last = time.perf_counter()
+        self._next()
 
     def _memory(self) -> dict[str, Any]:
         assert self._gpu is not None

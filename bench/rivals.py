@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from bench.turns import Turns
 from fallback.choose import choose
 from fallback.patched import patched
 from recipes.stages import cli, loading, prepare, train
@@ -64,6 +65,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
 
     from bench.meters import GpuMeter
 
+    turns = Turns()
     lora = {
         "r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout,
     }  # fmt: skip
@@ -88,6 +90,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
             self.last = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turns.wait()
             self.last = time.perf_counter()
 
         def on_log(self, _: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
@@ -96,6 +99,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
                 now = time.perf_counter()
                 self.seconds.append(now - self.last)
                 self.losses.append(float(logs["loss"]))
+                turns.wait()
                 self.last = time.perf_counter()
 
     clock = Clock()

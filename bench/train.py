@@ -1,7 +1,8 @@
 """How fast this repository trains beside the tools that a user could pick instead: python -m bench train
 
-Ours, TRL and Unsloth, each in a process of its own, in random order with the arms of a round next to each other, on the
-same model, tokens, rows and steps. What is learned is compared too: a faster training that is another one is no gain.
+Ours, TRL and Unsloth, each in a process of its own, on the same model, tokens, rows and steps; where there is memory
+for it they take turns step by step, in random order, since a shared machine changes speed by more than tools differ,
+but less from one second to the next. What is learned is compared too: a faster training that is another is no gain.
 """
 
 import importlib
@@ -14,30 +15,34 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from bench.case import Case
 from bench.compare import checked
-from bench.launch import make_ready, one
+from bench.launch import in_turns, make_ready, one
 from bench.recipes import NAMES
 from bench.report import deliver, markdown
-from bench.statistics import TOLERANCES, Ratio, paired_ratio
+from bench.statistics import TOLERANCES, paired_ratio
 from fallback.choose import Backend, BackendName, Dtype
+from fallback.gpu import read_gpu
 from recipes.stages.base_model import Size
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import environment
 
 OURS = "ours"
-RIVALS: dict[str, BackendName] = {
+AGAIN = "ours-again"
+RIVALS: dict[str, BackendName | None] = {
     "trl": "peft",
     "trl-everything": "peft",
     "unsloth": "unsloth",
     "unsloth-compiled": "unsloth",
+    AGAIN: None,
 }
-"""Arm -> what loads its model. TRL takes the loss on the answers, or on everything as it does unless told otherwise."""
+"""Arm -> what loads its model. TRL takes the loss on the answers, or on everything as it does unless told otherwise.
+Ours beside itself shows what a comparison here cannot tell apart."""
 # Nothing that is drawn at random, and nothing that only our settings know.
 LIKE_WITH_LIKE = (
     "--neftune-alpha", "0", "--warmup-ratio", "0", "--weight-decay", "0", "--early-stopping",
@@ -51,7 +56,7 @@ class Train:
 
     recipes: str = "gemma3_12b_opercode,llama_1b_civil"
     """Which, with commas between them."""
-    arms: str = ",".join(RIVALS)
+    arms: str = ",".join(arm for arm in RIVALS if arm != AGAIN)
     """What to compare with, with commas between them."""
     backend: Backend = "auto"
     """Of ours."""
@@ -59,7 +64,7 @@ class Train:
     """Of the models, with random weights."""
     dtype: Dtype = "auto"
     """What all of them compute in."""
-    steps: int = 14
+    steps: int = 24
     """Optimiser steps of each training."""
     warmup: int = 3
     """Steps that are not counted, beside the first, which is told apart: it compiles."""
@@ -73,8 +78,11 @@ class Train:
     dropout: bool = False
     """Train with the recipe's own dropout, as a user does. Each arm draws its own, so losses are close, not the
     same."""
+    turns: Literal["auto", "step", "training"] = "auto"
+    """What the arms take turns by: a step, for which all of them are in memory at once, or a whole training. auto: a
+    step on a CPU, a training on a GPU, whose memory may hold one only."""
     limit: float = 900.0
-    """Seconds after which a training is given up."""
+    """Seconds of its own after which a training is given up."""
     seed: int = 0
     """Decides the order."""
     out: Path | None = None
@@ -89,6 +97,7 @@ def main(arguments: list[str]) -> None:
     rivals = checked(args.arms, tuple(RIVALS), "--arms")
     if args.steps <= args.warmup + 1:
         raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
+    by_step = args.turns == "step" or (args.turns == "auto" and read_gpu() is None)
     folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
     rows: list[dict[str, Any]] = []
     try:
@@ -97,20 +106,27 @@ def main(arguments: list[str]) -> None:
         order = random.Random(args.seed)
         for repeat in range(args.repeats):
             for name in recipes:
-                arms = [OURS, *rivals]
-                order.shuffle(arms)
-                for arm in arms:
-                    rows.append(measured(args, name, arm, repeat, folder))
-                    print(f"{name} #{repeat + 1} {arm}: {brief(rows[-1])}", file=sys.stderr, flush=True)
-                    for line in rows[-1].get("tail", ()):
+                cases = [case(args, name, arm, repeat) for arm in (OURS, *rivals)]
+                order.shuffle(cases)
+                for row in (
+                    in_turns(cases, folder, args.limit, worker, order)
+                    if by_step
+                    else (one(each, folder, args.limit, worker(each)) for each in cases)
+                ):
+                    rows.append(row)
+                    print(f"{name} #{repeat + 1} {row['arm']}: {brief(row)}", file=sys.stderr, flush=True)
+                    for line in row.get("tail", ()):
                         print(f"    {line}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    recipes_found = {n: compared([r for r in rows if r["recipe"] == n], rivals, args.dropout) for n in recipes}
+    recipes_found = {
+        name: compared([row for row in rows if row["recipe"] == name], rivals, args.warmup, args.dropout)
+        for name in recipes
+    }
     summary: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench", "train", *arguments]),
         "environment": environment(),
-        "settings": {**asdict(args), "out": None},
+        "settings": {**asdict(args), "out": None, "turns": "step" if by_step else "training"},
         "recipes": recipes_found,
     }
     if not deliver(summary, args.out, args.json):
@@ -119,8 +135,8 @@ def main(arguments: list[str]) -> None:
             say(table(found))
 
 
-def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dict[str, Any]:
-    backend = args.backend if arm == OURS else RIVALS[arm]
+def case(args: Train, name: str, arm: str, repeat: int) -> Case:
+    backend = RIVALS.get(arm) or args.backend
     flags = ["--size", args.size, "--weights", "random", "--backend", backend, "--dtype", args.dtype]
     flags += ["--max-steps", str(args.steps), *LIKE_WITH_LIKE]
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
@@ -132,8 +148,11 @@ def measured(args: Train, name: str, arm: str, repeat: int, folder: Path) -> dic
     for flag, value in (("--batch-size", args.batch_size), ("--accumulation", args.accumulation)):
         if value is not None:
             flags += [flag, str(value)]
-    case = Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
-    return one(case, folder, args.limit, "bench.worker" if arm == OURS else "bench.rivals")
+    return Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
+
+
+def worker(case: Case) -> str:
+    return "bench.worker" if case.arm in (OURS, AGAIN) else "bench.rivals"
 
 
 def brief(row: dict[str, Any]) -> str:
@@ -148,7 +167,9 @@ MEDIANS = (
 )  # fmt: skip
 
 
-def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: bool = False) -> dict[str, Any]:
+def compared(
+    rows: Sequence[dict[str, Any]], rivals: Sequence[str], warmup: int, dropout: bool = False
+) -> dict[str, Any]:
     """Of one recipe: each arm's medians, and ours to every other in pairs. With dropout nobody's losses are another's,
     and whether it is the same training cannot be said."""
     arms: dict[str, Any] = {}
@@ -177,13 +198,16 @@ def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: boo
     for arm in rivals:
         both = sorted(ours.keys() & runs[arm].keys())
         if both:
-            arms[arm]["ours_to_this"] = asdict(_ratio(ours, runs[arm], both, "tokens_per_second"))
+            rounds = [speed(ours[k]["train"]["steps"], runs[arm][k]["train"]["steps"], warmup) for k in both]
+            arms[arm]["ours_to_this"] = asdict(paired_ratio(rounds, [1.0] * len(rounds)))
+            arms[arm]["rounds"] = rounds
             where = "allocated" if arms[OURS]["peak_allocated_bytes"] else "resident"
-            arms[arm]["memory_of_ours_to_this"] = asdict(_ratio(ours, runs[arm], both, f"peak_{where}_bytes"))
+            own, its = ([of[k]["train"][f"peak_{where}_bytes"] for k in both] for of in (ours, runs[arm]))
+            arms[arm]["memory_of_ours_to_this"] = asdict(paired_ratio(own, its))
             arms[arm]["losses_apart"] = losses_apart(arms[OURS]["losses"], arms[arm]["losses"])
             arms[arm]["same_training"] = None if dropout else arms[arm]["losses_apart"] <= TOLERANCES[dtype]
     ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}
-    best = max(ratios, key=lambda arm: arms[arm]["tokens_per_second"], default=None)
+    best = min((arm for arm in ratios if arm != AGAIN), key=lambda arm: ratios[arm], default=None)
     return {
         "dtype": dtype,
         "arms": arms,
@@ -193,8 +217,11 @@ def compared(rows: Sequence[dict[str, Any]], rivals: Sequence[str], dropout: boo
     }
 
 
-def _ratio(ours: dict[int, Any], theirs: dict[int, Any], both: Sequence[int], name: str) -> Ratio:
-    return paired_ratio([ours[k]["train"][name] for k in both], [theirs[k]["train"][name] for k in both])
+def speed(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], warmup: int) -> float:
+    """Of one round, ours to theirs, by steps on the same rows; the median, since a step in which the machine did
+    something else is nobody's."""
+    pairs = list(zip(ours, theirs, strict=True))[1 + warmup :]
+    return median(other["seconds"] / own["seconds"] for own, other in pairs)
 
 
 def losses_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -1,7 +1,15 @@
-"""Ways of doing the same thing, taking turns in one process."""
+"""Ways of doing the same thing, taking turns: functions in one process, or processes of which one runs at a time."""
 
+import ctypes
+import os
+import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
+
+CHANNEL = "BENCH_TURNS"
+"""Names the socket on which a process is told that it is its turn."""
 
 
 def seconds_each(ways: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -14,3 +22,22 @@ def seconds_each(ways: Mapping[str, Callable[[], int]], rounds: int) -> dict[str
             if number:
                 found[name].append((time.perf_counter() - began) / count)
     return found
+
+
+class Turns:
+    """Of a process that bench.launch.in_turns has started; in any other, nobody waits."""
+
+    def __init__(self) -> None:
+        # Not for the processes that this one starts.
+        told = os.environ.pop(CHANNEL, None)
+        self._channel = socket.socket(fileno=int(told)) if told else None
+        if self._channel and sys.platform == "linux":
+            # A stopped process would outlive a parent that was killed, and keep its memory.
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def wait(self) -> None:
+        """This turn is over; come back when the next one begins."""
+        if self._channel:
+            self._channel.sendall(b".")
+            if not self._channel.recv(1):
+                sys.exit("whoever measures this is gone")

@@ -99,8 +99,7 @@ def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any
         meter.flops(computed * tokens, answered)
         for tokens, answered in zip(sums["padded_tokens"][counted], supervised[counted], strict=True)
     ]
-    joules = meter.joules
-    spent = joules[-1] - joules[1 + case.warmup] if joules[-1] is not None else None
+    joules = meter.joules[counted]
     found: dict[str, Any] = {
         "training_seconds": sum(meter.seconds),
         "first_step_seconds": meter.seconds[0],
@@ -110,7 +109,7 @@ def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any
         "padded_tokens_per_second": sum(sums["padded_tokens"][counted]) / seconds.sum(),
         "supervised_tokens_per_second": sum(supervised[counted]) / seconds.sum(),
         "samples_per_second": sum(sums["rows"][counted]) / seconds.sum(),
-        "energy_joules_per_step": spent / len(seconds) if spent is not None else None,
+        "energy_joules_per_step": float(np.mean(joules)) if None not in joules else None,
         **meter.used,
         "tensor_bytes": meter.tensor_bytes,
         "throttled": any(meter.throttled[counted]) if meter.throttled[0] is not None else None,

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from conftest import need
 
 
 def row(arm: str, repeat: int, rate: float, losses: list[float], **more: Any) -> dict[str, Any]:
-    steps = [{"seconds": 1.0, "loss": loss} for loss in losses]
+    steps = [{"seconds": 50 / rate, "loss": loss} for loss in losses]
     told = {
         "tokens_per_second": rate, "supervised_tokens_per_second": rate / 10, "samples_per_second": rate / 50,
         "first_step_seconds": 2.0, "peak_resident_bytes": 2**30, "peak_allocated_bytes": None, "steps": steps,
@@ -28,7 +27,7 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
         for arm, rate, last in (("ours", 300.0, 1.0), ("trl", 100.0, 1.001), ("unsloth", 200.0, 1.5))
     ]
     rows.append({"arm": "unsloth-compiled", "repeat": 0, "status": "failed", "reason": "no compiler"})
-    found = compared(rows, ("trl", "unsloth", "unsloth-compiled"))
+    found = compared(rows, ("trl", "unsloth", "unsloth-compiled"), 0)
     assert found["ratio_to_trl"] == pytest.approx(3)
     assert (found["best_other"], found["ratio_to_best_other"]) == ("unsloth", pytest.approx(1.5))
     assert found["arms"]["trl"]["same_training"]
@@ -38,9 +37,19 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     assert "failed: no compiler" in said
     assert "Ours computes at 30% of the 100 GFLOP/s" in said
     assert "The fastest other is unsloth: ours is x 1.50." in said
-    drawn = compared(rows, ("trl", "unsloth"), dropout=True)
+    drawn = compared(rows, ("trl", "unsloth"), 0, dropout=True)
     assert drawn["arms"]["trl"]["same_training"] is None
     assert "| 0.1% apart |" in table(drawn)
+
+
+def test_a_round_s_ratio_is_of_steps_on_the_same_rows_and_no_outlier_is_anybody_s() -> None:
+    from bench.train import speed
+
+    def steps(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": second} for second in seconds]
+
+    # The first step and one of warmup do not count; the last time the machine did something else.
+    assert speed(steps(9, 9, 1, 2, 3, 90), steps(1, 1, 2, 4, 6, 9), warmup=1) == 2
 
 
 def test_a_handicap_is_told_beside_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,27 +64,25 @@ def test_a_handicap_is_told_beside_the_figures(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
         assert handicap({torch.float32}, "cpu") is handicap({torch.bfloat16}, "cuda") is None
         told = handicap({torch.bfloat16}, "cpu")
-        found = compared([row("ours", 0, 3.0, [1.0]), row("trl", 0, 1.0, [1.0], handicap=told)], ("trl",))
+        found = compared([row("ours", 0, 3.0, [1, 1]), row("trl", 0, 1.0, [1, 1], handicap=told)], ("trl",), 0)
         assert ("trl is slower here than elsewhere: it keeps" in table(found)) == (not able)
 
 
-def test_dropout_is_the_recipe_s_own_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_dropout_is_the_recipe_s_own_or_none() -> None:
     """Its small models' settings go without, and would be no measurement of it."""
     from bench import train
 
-    monkeypatch.setattr(train, "one", lambda case, *_: {"flags": case.flags})
     for dropout, expected in ((False, "0"), (True, "0.05")):
-        flags = train.measured(train.Train(dropout=dropout), "gemma3_12b_opercode", "ours", 0, tmp_path)["flags"]
+        flags = train.case(train.Train(dropout=dropout), "gemma3_12b_opercode", "ours", 0).flags
         assert flags[flags.index("--lora-dropout") + 1] == expected
 
 
-def test_a_step_s_rows_may_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_step_s_rows_may_be_named() -> None:
     from bench import train
 
-    monkeypatch.setattr(train, "one", lambda case, *_: {"flags": case.flags})
     named = train.Train(batch_size=2, accumulation=8)
     for args, expected in ((named, ["2", "8"]), (train.Train(), [])):
-        flags = train.measured(args, "gemma3_12b_opercode", "trl", 0, tmp_path)["flags"]
+        flags = train.case(args, "gemma3_12b_opercode", "trl", 0).flags
         assert [flags[flags.index(f) + 1] for f in ("--batch-size", "--accumulation") if f in flags] == expected
 
 
@@ -83,7 +90,7 @@ def test_without_ours_there_is_nothing_to_compare() -> None:
     from bench.train import compared
 
     found = compared(
-        [{"arm": "ours", "repeat": 0, "status": "failed", "reason": "x"}, row("trl", 0, 1.0, [1.0])], ("trl",)
+        [{"arm": "ours", "repeat": 0, "status": "failed", "reason": "x"}, row("trl", 0, 1.0, [1.0])], ("trl",), 0
     )
     assert found["ratio_to_trl"] is None
     assert found["arms"]["trl"]["status"] == "measured"
@@ -108,6 +115,24 @@ def test_the_same_rows_give_the_same_losses(rival: str, command: Callable[..., A
 
     # Both round a quantised model's adapter to bfloat16.
     assert arms[rival].get("handicap") == handicap({torch.bfloat16}, "cpu")
+
+
+def test_a_slow_down_that_was_put_there_is_found(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_PLANT_SLEEP", "ours-again:1.0")
+    done = command(
+        "bench", "train", "--recipes", "polyglot_1_3b_ohlora", "--size", "tiny", "--arms", "ours-again", "--backend",
+        "peft", "--turns", "step", "--steps", "10", "--warmup", "1", "--repeats", "1", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["settings"]["turns"] == "step"
+    found = summary["recipes"]["polyglot_1_3b_ohlora"]
+    (ratio,) = found["arms"]["ours-again"]["rounds"]
+    assert ratio == found["arms"]["ours-again"]["ours_to_this"]["value"]
+    # It sleeps as long as each step took.
+    assert ratio > 1.4
+    # Ours again is nobody else.
+    assert found["best_other"] is None
 
 
 def test_who_is_not_known(command: Callable[..., Any]) -> None:
