@@ -8,6 +8,7 @@ is still the same.
 """
 
 import json
+import random
 import secrets
 import shlex
 import shutil
@@ -21,7 +22,7 @@ import tyro
 
 from bench import report
 from bench.case import Case, Grid, arms
-from bench.launch import finished, make_ready, sweep
+from bench.launch import By, are_by_step, finished, make_ready, sweep
 from bench.recipes import NAMES
 from bench.results import changes
 from bench.summary import summarise
@@ -67,8 +68,11 @@ class Compare:
     case: Literal["grid", "ohlora-table"] = "grid"
     """ohlora-table: gemma2_2b_ohlora, 25 answers of 80 tokens, and 15 steps of batch 4 at rank 64: as many as 20 rows
     make in 3 epochs."""
+    turns: By = "auto"
+    """What the arms take turns by: a step or an answer, for which all of them are in memory at once, or a whole case.
+    auto: a step on a CPU, a case on a GPU, whose memory may hold one only."""
     limit: float = 1800.0
-    """Seconds after which a case is given up."""
+    """Seconds of its own after which a case is given up."""
     seed: int | None = None
     """Decides the order of the cases; drawn and recorded if not given."""
     out: Path | None = None
@@ -106,7 +110,8 @@ def main(arguments: list[str]) -> None:
             make_ready(recipe.name, sizes[recipe.name], args.weights)
     tell = progress(cases, folder, args.json)
     try:
-        for _ in sweep(cases, folder, args.limit, skipped, tell):
+        by_step = are_by_step(args.turns, gpu is not None)
+        for _ in sweep(cases, folder, args.limit, skipped, tell, by_step, random.Random(seed)):
             pass
     except KeyboardInterrupt:
         print(f"\nstopped; to finish it: python -m bench compare --resume {folder}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The parent: one interpreter for every case, one after the other or in turns; whatever becomes of it is a row."""
 
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.case import Case
 from bench.turns import CHANNEL
@@ -49,28 +50,60 @@ def sweep(
     limit_seconds: float,
     skipped: dict[tuple[str, str], str],
     told: Callable[[Case, dict[str, Any]], None],
+    by_step: bool,
+    order: random.Random,
 ) -> Iterator[dict[str, Any]]:
     """Measure what is not there yet, a line of measurements.jsonl each. `skipped`: (recipe, arm) -> why it cannot be
     measured here."""
     there = finished(folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        row = there.get(case.key)
+    for _, arms in itertools.groupby(cases, lambda case: (case.recipe, case.repeat)):
+        left = list(arms)
         # What could not be measured may be measurable by now.
-        if row is None or row["status"] != "measured":
-            why = skipped.get((case.recipe, case.arm))
-            if why:
-                row = {**_key(case), "status": "skipped", "reason": why}
-            else:
-                row = one(case, folder, limit_seconds)
-            with (folder / "measurements.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        told(case, row)
-        yield row
+        known = {case.key: there[case.key] for case in left if there.get(case.key, {}).get("status") == "measured"}
+        for case in left:
+            if case.key not in known and (why := skipped.get((case.recipe, case.arm))):
+                known[case.key] = keep(folder, {**_key(case), "status": "skipped", "reason": why})
+        new = measured([case for case in left if case.key not in known], folder, limit_seconds, by_step, order=order)
+        for case in left:
+            row = known.get(case.key) or keep(folder, next(new))
+            told(case, row)
+            yield row
+
+
+def keep(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    with (folder / "measurements.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return row
 
 
 def _key(case: Case) -> dict[str, Any]:
     return {"recipe": case.recipe, "arm": case.arm, "backend": case.backend, "repeat": case.repeat}
+
+
+By = Literal["auto", "step", "training"]
+"""What arms take turns by: a step, for which all of them are in memory at once, or a whole training."""
+
+
+def are_by_step(by: By, gpu: bool) -> bool:
+    """A GPU's memory may hold one of them only, and its speed does not change by the second."""
+    return by == "step" or (by == "auto" and not gpu)
+
+
+def measured(
+    cases: Sequence[Case],
+    folder: Path,
+    limit_seconds: float,
+    by_step: bool,
+    worker: Callable[[Case], str] = lambda _: "bench.worker",
+    order: random.Random | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row of each case, whatever becomes of it."""
+    if by_step:
+        yield from in_turns(cases, folder, limit_seconds, worker, order)
+    else:
+        for case in cases:
+            yield one(case, folder, limit_seconds, worker(case))
 
 
 def one(case: Case, folder: Path, limit_seconds: float, worker: str = "bench.worker") -> dict[str, Any]:

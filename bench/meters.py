@@ -68,6 +68,8 @@ class TrainingMeter:
 
     def __init__(self, arm: str) -> None:
         self.seconds: list[float] = []
+        self.ended: list[float] = []
+        """When, by the clock on the wall: that arms took turns can be seen in their rows."""
         self.batches: list[dict[str, Any]] = []
         self.used: dict[str, Any] = {}
         """What was in use at the last step; the only evaluation comes after it."""
@@ -78,7 +80,7 @@ class TrainingMeter:
         self.tensor_bytes: dict[str, int] = {}
         """What the model, its gradients and its optimiser hold, counted tensor by tensor."""
         self._gpu: GpuMeter | None = None
-        self._turns = Turns()
+        self.turns = Turns()
         self._joules: float | None = None
         self._last = 0.0
         # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
@@ -114,7 +116,7 @@ class TrainingMeter:
 
     def _next(self) -> None:
         assert self._gpu is not None
-        self._turns.wait()
+        self.turns.wait()
         self._joules = self._gpu.joules()
         self._last = time.perf_counter()
 
@@ -124,6 +126,7 @@ class TrainingMeter:
             time.sleep(self._planted * (time.perf_counter() - self._last))
         now = time.perf_counter()
         self.seconds.append(now - self._last)
+        self.ended.append(time.time())
         if not self.tensor_bytes:
             self.tensor_bytes = tensors_of(self._trainer)
             # Or the model stays, and beside it the one that answers is loaded.

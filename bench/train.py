@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from bench.case import Case
 from bench.compare import checked
-from bench.launch import in_turns, make_ready, one
+from bench.launch import By, are_by_step, make_ready, measured
 from bench.recipes import NAMES
 from bench.report import deliver, markdown
 from bench.statistics import TOLERANCES, paired_ratio
@@ -78,7 +78,7 @@ class Train:
     dropout: bool = False
     """Train with the recipe's own dropout, as a user does. Each arm draws its own, so losses are close, not the
     same."""
-    turns: Literal["auto", "step", "training"] = "auto"
+    turns: By = "auto"
     """What the arms take turns by: a step, for which all of them are in memory at once, or a whole training. auto: a
     step on a CPU, a training on a GPU, whose memory may hold one only."""
     limit: float = 900.0
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     rivals = checked(args.arms, tuple(RIVALS), "--arms")
     if args.steps <= args.warmup + 1:
         raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
-    by_step = args.turns == "step" or (args.turns == "auto" and read_gpu() is None)
+    by_step = are_by_step(args.turns, read_gpu() is not None)
     folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
     rows: list[dict[str, Any]] = []
     try:
@@ -108,11 +108,7 @@ def main(arguments: list[str]) -> None:
             for name in recipes:
                 cases = [case(args, name, arm, repeat) for arm in (OURS, *rivals)]
                 order.shuffle(cases)
-                for row in (
-                    in_turns(cases, folder, args.limit, worker, order)
-                    if by_step
-                    else (one(each, folder, args.limit, worker(each)) for each in cases)
-                ):
+                for row in measured(cases, folder, args.limit, by_step, worker, order):
                     rows.append(row)
                     print(f"{name} #{repeat + 1} {row['arm']}: {brief(row)}", file=sys.stderr, flush=True)
                     for line in row.get("tail", ()):

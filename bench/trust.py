@@ -8,6 +8,7 @@ planted slow-down sleeps at the end of every step of one arm (BENCH_PLANT_SLEEP)
 """
 
 import os
+import random
 import shlex
 import tempfile
 from dataclasses import asdict, dataclass
@@ -18,10 +19,11 @@ import tyro
 
 from bench.case import Grid, arms
 from bench.compare import Compare, flags, named
-from bench.launch import finished, sweep
+from bench.launch import are_by_step, finished, sweep
 from bench.report import deliver, differs, said
 from bench.statistics import RATIO_LEVEL
 from bench.summary import summarise
+from fallback.torch_build import usable_gpu
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
 from recipes.stages.run import environment
@@ -88,7 +90,8 @@ def one(asked: Compare, run: int, folder: Path, planted: float) -> dict[str, Any
     )  # fmt: skip
     os.environ["BENCH_PLANT_SLEEP"] = f"peft:{planted}"
     try:
-        list(sweep(grid.cases(seed=run), folder, asked.limit, {}, lambda case, row: None))
+        by_step = are_by_step(asked.turns, usable_gpu() is not None)
+        list(sweep(grid.cases(run), folder, asked.limit, {}, lambda case, row: None, by_step, random.Random(run)))
     finally:
         del os.environ["BENCH_PLANT_SLEEP"]
     rows = list(finished(folder).values())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Case
+from bench.turns import Turns
 from fallback import leave_out
 from recipes.stages import cli
 from recipes.stages.fine_tune import fine_tune
@@ -63,7 +64,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     found["train"]["matmul_flops_per_second"] = peak
     found["train"]["mfu"] = found["train"]["flops_per_step"] / found["train"]["step_seconds_median"] / peak
     if "generate" in case.phases:
-        found["generate"] = answering(case, recipe, run, chosen, choice, settings)
+        found["generate"] = answering(case, recipe, run, chosen, choice, settings, meter.turns)
     return found
 
 
@@ -117,17 +118,20 @@ def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any
         "steps": [
             {
                 "seconds": second,
+                "ended": ended,
                 "loss": step["loss"],
                 "grad_norm": step["grad_norm"],
                 "batch": "".join(b["hash"] for b in batch),
             }
-            for second, step, batch in zip(meter.seconds, steps, batches, strict=True)
+            for second, ended, step, batch in zip(meter.seconds, meter.ended, steps, batches, strict=True)
         ],
     }
     return found
 
 
-def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, settings: Settings) -> dict[str, Any]:
+def answering(
+    case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, settings: Settings, turns: Turns
+) -> dict[str, Any]:
     """How fast the trained model answers, loaded as evaluate and predict load it."""
     import numpy as np
     import torch
@@ -151,16 +155,17 @@ def answering(case: Case, recipe: Recipe, run: Run, chosen: Any, choice: Any, se
             classifier.log_probabilities(prompts[:8])
             rates = []
             for _ in range(_TIMES):
+                turns.wait()
                 began = time.perf_counter()
                 classifier.log_probabilities(prompts)
                 rates.append(len(prompts) / (time.perf_counter() - began))
             found["answers_per_second"] = rates
         else:
             how = replace(recipe.sampling, temperature=0.0, max_new_tokens=case.new_tokens)
-            speeds = [
-                generation.speed(model, e.prompt, how, settings.max_length)
-                for e in (examples * case.questions)[: case.questions]
-            ]
+            speeds = []
+            for example in (examples * case.questions)[: case.questions]:
+                turns.wait()
+                speeds.append(generation.speed(model, example.prompt, how, settings.max_length))
             found["prefill_tokens_per_second"] = [s.prompt_tokens / s.prefill_seconds for s in speeds]
             found["decode_tokens_per_second"] = [s.new_tokens / s.decode_seconds for s in speeds]
             found["answering_seconds"] = sum(s.prefill_seconds + s.decode_seconds for s in speeds)

@@ -21,6 +21,7 @@ from bench.launch import _reason, _tail, finished
 from bench.results import changes, differences
 from bench.statistics import paired_ratio, same_training
 from bench.summary import summarise
+from fallback.torch_build import usable_gpu
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--recipes", "polyglot_1_3b_ohlora", "--size", "tiny", "--steps", "4", "--warmup", "1")
@@ -242,6 +243,11 @@ def test_a_sweep(command: Command, tmp_path: Path) -> None:
         assert train["supervised_tokens_per_second"] < train["tokens_per_second"]
         assert 0 < train["mfu"] < 1
         assert len(generate["decode_tokens_per_second"]) == 3
+    for repeat in (0, 1):
+        ends = [(s["ended"], row["arm"]) for row in measured if row["repeat"] == repeat for s in row["train"]["steps"]]
+        arms_in_time = [arm for _, arm in sorted(ends)]
+        if usable_gpu() is None:
+            assert all(len(set(arms_in_time[i : i + 2])) == 2 for i in range(0, 8, 2)), "a step each, in turns"
     (found,) = json.loads((tmp_path / "found" / "summary.json").read_text())["recipes"]
     (comparison,) = found["comparisons"]
     assert comparison["pairs"] == 2
@@ -261,7 +267,7 @@ def test_a_sweep(command: Command, tmp_path: Path) -> None:
 
 def test_a_slow_down_of_one_arm_is_found(command: Command) -> None:
     """Ten times as slow, so that no noise of a test machine hides it; the fine limit is for bench trust to measure."""
-    done = command("bench", "trust", "--runs", "1", "--repeats", "3", "--steps", "5", "--planted", "9", "--json")
+    done = command("bench", "trust", "--runs", "1", "--repeats", "3", "--steps", "9", "--planted", "9", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["found"] == 1
