@@ -22,7 +22,7 @@ import tyro
 
 from bench import report
 from bench.case import Case, Grid, arms
-from bench.launch import By, are_by_step, finished, make_ready, sweep
+from bench.launch import TurnBy, are_by_step, finished, make_ready, sweep
 from bench.recipes import NAMES
 from bench.results import changes
 from bench.summary import summarise
@@ -68,9 +68,9 @@ class Compare:
     case: Literal["grid", "ohlora-table"] = "grid"
     """ohlora-table: gemma2_2b_ohlora, 25 answers of 80 tokens, and 15 steps of batch 4 at rank 64: as many as 20 rows
     make in 3 epochs."""
-    turns: By = "auto"
+    turns: TurnBy = "auto"
     """What the arms take turns by: a step or an answer, for which all of them are in memory at once, or a whole case.
-    auto: a step on a CPU, a case on a GPU, whose memory may hold one only."""
+    auto: a step without a GPU, where there is memory for it and no model is of full size."""
     limit: float = 1800.0
     """Seconds of its own after which a case is given up."""
     seed: int | None = None
@@ -96,7 +96,8 @@ def main(arguments: list[str]) -> None:
     folder, args, seed = settle_folder(args, arguments)
     recipes, backends, phases = asked_for(args)
     gpu = usable_gpu()
-    sizes = read_json(folder / "plan.json").get("sizes") or {r.name: size_for(r, args, gpu) for r in recipes}
+    plan = read_json(folder / "plan.json")
+    sizes = plan.get("sizes") or {r.name: size_for(r, args, gpu) for r in recipes}
     grid = Grid(
         recipes, backends, args.repeats,
         {(r.name, arm): flags(args, sizes[r.name], b) for r in recipes for arm, b in arms(backends).items()},
@@ -104,13 +105,14 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     skipped = obstacles(grid, sizes, gpu, args.dtype)
     cases = grid.cases(seed)
-    same_machine(folder, sizes)
+    if (by_step := plan.get("by_step")) is None:
+        by_step = are_by_step(args.turns, gpu is not None, sizes.values(), len(backends))
+    same_machine(folder, sizes, by_step)
     for recipe in recipes:
         if any((recipe.name, arm) not in skipped for arm in arms(backends)) and args.weights == "random":
             make_ready(recipe.name, sizes[recipe.name], args.weights)
     tell = progress(cases, folder, args.json)
     try:
-        by_step = are_by_step(args.turns, gpu is not None)
         for _ in sweep(cases, folder, args.limit, skipped, tell, by_step, random.Random(seed)):
             pass
     except KeyboardInterrupt:
@@ -157,7 +159,7 @@ def settle_folder(args: Compare, arguments: list[str]) -> tuple[Path, Compare, i
     return folder, args, seed
 
 
-def same_machine(folder: Path, sizes: dict[str, Any]) -> None:
+def same_machine(folder: Path, sizes: dict[str, Any], by_step: bool) -> None:
     """Write down where a sweep runs, or refuse to go on with it elsewhere: rows of two machines, or of two versions of
     the code, are no pairs."""
     now, file = environment(), folder / "environment.json"
@@ -169,7 +171,7 @@ def same_machine(folder: Path, sizes: dict[str, Any]) -> None:
             )
         return
     write_json(file, now)
-    write_json(folder / "plan.json", {**read_json(folder / "plan.json"), "sizes": sizes})
+    write_json(folder / "plan.json", {**read_json(folder / "plan.json"), "sizes": sizes, "by_step": by_step})
 
 
 def asked_for(args: Compare) -> tuple[list[Recipe], tuple[str, ...], tuple[str, ...]]:

@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from bench.case import Case
 from bench.turns import CHANNEL
@@ -58,16 +60,21 @@ def sweep(
     there = finished(folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for _, arms in itertools.groupby(cases, lambda case: (case.recipe, case.repeat)):
-        left = list(arms)
+        group = list(arms)
+        able = [case for case in group if (case.recipe, case.arm) not in skipped]
         # What could not be measured may be measurable by now.
-        known = {case.key: there[case.key] for case in left if there.get(case.key, {}).get("status") == "measured"}
-        for case in left:
-            if case.key not in known and (why := skipped.get((case.recipe, case.arm))):
-                known[case.key] = keep(folder, {**_key(case), "status": "skipped", "reason": why})
-        new = measured([case for case in left if case.key not in known], folder, limit_seconds, by_step, order=order)
-        for case in left:
-            row = known.get(case.key) or keep(folder, next(new))
-            told(case, row)
+        missing = [case for case in able if there.get(case.key, {}).get("status") != "measured"]
+        if missing and by_step:
+            # Arms that did not take turns with each other are no pair.
+            missing = able
+        for case in group:
+            if case not in missing:
+                why = skipped.get((case.recipe, case.arm))
+                row = keep(folder, {**_key(case), "status": "skipped", "reason": why}) if why else there[case.key]
+                told(case, row)
+                yield row
+        for case, row in zip(missing, rows_of(missing, folder, limit_seconds, by_step, order=order), strict=True):
+            told(case, keep(folder, row))
             yield row
 
 
@@ -81,16 +88,24 @@ def _key(case: Case) -> dict[str, Any]:
     return {"recipe": case.recipe, "arm": case.arm, "backend": case.backend, "repeat": case.repeat}
 
 
-By = Literal["auto", "step", "training"]
-"""What arms take turns by: a step, for which all of them are in memory at once, or a whole training."""
+TurnBy = Literal["auto", "step", "training"]
+"""What arms take turns by: a step, for which all of them are in memory at once, or all that there is to measure."""
+_AN_ARM = 2.5 * 2**30
+"""Bytes for the training of a small model: 1.1 to 1.8 GiB with its libraries in results/, and a compiler's."""
 
 
-def are_by_step(by: By, gpu: bool) -> bool:
-    """A GPU's memory may hold one of them only, and its speed does not change by the second."""
-    return by == "step" or (by == "auto" and not gpu)
+def are_by_step(by: TurnBy, gpu: bool, sizes: Collection[str], arms: int) -> bool:
+    """auto: where there is room for all arms. A GPU's memory may hold one model only, and its speed does not change by
+    the second."""
+    if by != "auto" or gpu or "full" in sizes:
+        return by == "step"
+    if arms * _AN_ARM <= psutil.virtual_memory().available:
+        return True
+    print(f"no memory for {arms} arms at once: they are measured one after the other", file=sys.stderr, flush=True)
+    return False
 
 
-def measured(
+def rows_of(
     cases: Sequence[Case],
     folder: Path,
     limit_seconds: float,
@@ -121,33 +136,36 @@ def in_turns(
     """Run cases that are in memory at once and of which one runs at a time, from where it calls Turns.wait to where it
     calls it again: so they all see a machine whose speed changes from second to second in the same state. A case that
     fails, or has used up its time, leaves the others to go on."""
-    children: list[_Child] = []
-    try:
-        for case in cases:
-            children.append(_Child(case, folder, limit_seconds, worker(case)))
-            children[-1].turn()
-        while going := [child for child in children if child.goes_on]:
+    children = [_Child(case, folder, limit_seconds) for case in cases]
+    with ExitStack() as ends:
+        for child in children:
+            ends.callback(child.end)
+            child.start(worker(child.case), alone=len(cases) == 1)
+            child.turn()
+        while going := [child for child in children if not child.ended]:
             if order:
                 order.shuffle(going)
             for child in going:
                 child.turn()
-    finally:
-        for child in children:
-            child.end()
     return [child.row() for child in children]
 
 
 class _Child:
     """A case in an interpreter of its own."""
 
-    def __init__(self, case: Case, folder: Path, limit_seconds: float, worker: str) -> None:
+    def __init__(self, case: Case, folder: Path, limit_seconds: float) -> None:
         self.case, self.limit = case, limit_seconds
-        self.seconds = 0.0
         self.work = folder / "work" / case.name
+        self.log = folder / "logs" / f"{case.name}.log"
+        self.seconds = 0.0
+        self.waits = self.ended = False
+        self.status: int | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, worker: str, alone: bool) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        write_json(self.work / "case.json", asdict(case))
-        self.log = folder / "logs" / f"{case.name}.log"
+        write_json(self.work / "case.json", asdict(self.case))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         files = [str((self.work / name).resolve()) for name in ("case.json", "out.json", "run")]
         self.channel, theirs = socket.socketpair()
@@ -157,39 +175,44 @@ class _Child:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, CHANNEL: str(theirs.fileno())},
-                pass_fds=(theirs.fileno(),),
+                env=os.environ if alone else {**os.environ, CHANNEL: str(theirs.fileno())},
+                pass_fds=() if alone else (theirs.fileno(),),
                 # A group of its own: whatever it starts stops with it and ends with it.
                 start_new_session=True,
             )
-        self.waits = False
-
-    @property
-    def goes_on(self) -> bool:
-        return self.process.returncode is None and self.seconds < self.limit
 
     def turn(self) -> None:
-        """Let it run until it waits, ends, or has used up its time."""
+        """Let it run until it waits, ends, or has used up its time. Then it stands still, or is gone."""
+        assert self.process is not None
         began = time.perf_counter()
         if self.waits:
-            os.killpg(self.process.pid, signal.SIGCONT)
-            self.channel.sendall(b".")
             self.waits = False
+            # It may have died meanwhile, as where memory is short.
+            with suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGCONT)
+                self.channel.sendall(b".")
         while not self.waits and self.process.poll() is None:
             left = self.limit - self.seconds - (time.perf_counter() - began)
             if left <= 0:
                 break
+            # Processes that it has started may hold its end of the channel open beyond its own end.
             if select.select([self.channel], [], [], min(left, 0.5))[0]:
-                self.waits = bool(self.channel.recv(1))
+                with suppress(OSError):
+                    self.waits = bool(self.channel.recv(1))
                 if not self.waits:
-                    # Its end of the channel is closed, as a process does that ends.
                     with suppress(subprocess.TimeoutExpired):
                         self.process.wait(left)
-        if self.waits:
-            os.killpg(self.process.pid, signal.SIGSTOP)
         self.seconds += time.perf_counter() - began
+        if self.waits:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGSTOP)
+        else:
+            self.end()
 
     def end(self) -> None:
+        if self.process is None or self.ended:
+            return
+        self.ended = True
         self.status = self.process.poll()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -66,7 +66,7 @@ class GpuMeter:
 class TrainingMeter:
     """A callbacks.Watch that keeps what it sees: when steps ended, what was in their batches, what was in use."""
 
-    def __init__(self, arm: str) -> None:
+    def __init__(self, arm: str, turns: Turns) -> None:
         self.seconds: list[float] = []
         self.ended: list[float] = []
         """When, by the clock on the wall: that arms took turns can be seen in their rows."""
@@ -80,7 +80,7 @@ class TrainingMeter:
         self.tensor_bytes: dict[str, int] = {}
         """What the model, its gradients and its optimiser hold, counted tensor by tensor."""
         self._gpu: GpuMeter | None = None
-        self.turns = Turns()
+        self._turns = turns
         self._joules: float | None = None
         self._last = 0.0
         # Only tests and bench trust set this: a slow-down of one arm that the comparison has to find.
@@ -112,11 +112,11 @@ class TrainingMeter:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self._next()
+        self._turns.wait()
+        self._begin_step()
 
-    def _next(self) -> None:
+    def _begin_step(self) -> None:
         assert self._gpu is not None
-        self.turns.wait()
         self._joules = self._gpu.joules()
         self._last = time.perf_counter()
 
@@ -135,7 +135,8 @@ class TrainingMeter:
         self.joules.append(joules - self._joules if joules is not None and self._joules is not None else None)
         self.throttled.append(self._gpu.throttled())
         self.used = self._memory()
-        self._next()
+        self._turns.wait()
+        self._begin_step()
 
     def _memory(self) -> dict[str, Any]:
         assert self._gpu is not None
@@ -145,12 +146,13 @@ class TrainingMeter:
             "peak_allocated_bytes": found.get("cuda_allocated"),
             "peak_reserved_bytes": found.get("cuda_reserved"),
             "device_process_bytes": self._gpu.process_bytes(),
-            "device_bytes": self._gpu.device_bytes(),
+            # Of all who are on the card.
+            "device_bytes": self._gpu.device_bytes() if self._turns.alone else None,
             "clock_hertz": self._gpu.clock_hertz(),
         }
 
     def resume(self) -> None:
-        self._last = time.perf_counter()
+        self._begin_step()
 
     def flops(self, tokens: float, supervised_tokens: int) -> float:
         """Of a training step's matrix products: forward, and backward to the activations; the frozen weights get no

@@ -20,6 +20,7 @@ import tyro
 from bench.meters import TrainingMeter
 from bench.recipes import NAMES
 from bench.report import deliver
+from bench.turns import Turns
 from fallback.choose import Backend
 from recipes.stages import cli
 from recipes.stages.base_model import Size
@@ -51,7 +52,7 @@ class Beside(TrainingMeter):
     """bench's meter, and after every step of the trainer the bare one."""
 
     def __init__(self) -> None:
-        super().__init__("")
+        super().__init__("", Turns())
         self.bare: list[float] = []
         self.trainer: Any = None
         self.optimizer: Any = None

@@ -246,8 +246,9 @@ def _how(summary: dict[str, Any]) -> str:
         if summary["native"]
         else "Like with like: the same precision, quantisation, optimiser, batches and LoRA start."
     )
+    turns = "took turns step by step" if summary["by_step"] else "were measured one after the other"
     return (
-        f"{alike} Ratios are of pairs measured one after the other, with {RATIO_LEVEL:.0%} intervals; where one holds "
+        f"{alike} The arms of a pair {turns}. Ratios are of pairs, with {RATIO_LEVEL:.0%} intervals; where one holds "
         "1, no difference is shown."
     )
 

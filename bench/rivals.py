@@ -30,12 +30,13 @@ from recipes.stages.run import read_json, write_json
 
 
 def main(case_file: str, out: str, folder: str) -> None:
+    turns = Turns()
     case = Case.of(read_json(Path(case_file)))
     recipe = importlib.import_module(f"recipes.{case.recipe}").RECIPE
-    write_json(Path(out), measure(case, recipe, Path(folder)))
+    write_json(Path(out), measure(case, recipe, Path(folder), turns))
 
 
-def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def measure(case: Case, recipe: Recipe, folder: Path, turns: Turns) -> dict[str, Any]:
     if case.arm == "unsloth-compiled":
         # Its switch for processors. On a GPU it compiles unasked.
         os.environ["UNSLOTH_CPU_COMPILE"] = "1"
@@ -65,7 +66,6 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
 
     from bench.meters import GpuMeter
 
-    turns = Turns()
     lora = {
         "r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout,
     }  # fmt: skip
@@ -137,21 +137,24 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     each = settings.batch_size * settings.accumulation
     counted = slice(1 + case.warmup, None)
     seconds = sum(clock.seconds[counted])
-    parts = [rows[i : i + each] for i in range(0, len(rows), each)][:steps][counted]
-    tokens = sum(len(r.input_ids) for part in parts for r in part)
-    supervised = sum(r.supervised_tokens for part in parts for r in part)
+    parts = [rows[i : i + each] for i in range(0, len(rows), each)][:steps]
+    tokens = [sum(len(r.input_ids) for r in part) for part in parts]
+    supervised = sum(r.supervised_tokens for part in parts[counted] for r in part)
     return {
         "choice": choice.as_json(),
         "handicap": handicap(trained, choice.device),
         "train": {
             "first_step_seconds": clock.seconds[0],
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": sum(tokens[counted]) / seconds,
             "supervised_tokens_per_second": supervised / seconds,
-            "samples_per_second": sum(map(len, parts)) / seconds,
+            "samples_per_second": sum(map(len, parts[counted])) / seconds,
             "peak_resident_bytes": memory["resident"],
             "peak_allocated_bytes": memory.get("cuda_allocated"),
             "device_process_bytes": gpu.process_bytes(),
-            "steps": [{"seconds": s, "loss": x} for s, x in zip(clock.seconds, clock.losses, strict=True)],
+            "steps": [
+                {"seconds": s, "loss": x, "tokens": n}
+                for s, x, n in zip(clock.seconds, clock.losses, tokens, strict=True)
+            ],
         },
     }
 

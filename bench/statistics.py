@@ -20,7 +20,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How one arm's value stands to another's, over pairs that were measured one after the other."""
+    """How one arm's value stands to another's, over pairs that were measured in turns."""
 
     value: float
     low: float | None
@@ -39,9 +39,14 @@ differ by chance in half of them, and equal arms were told apart in 3 of 20 comp
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], level: float = RATIO_LEVEL) -> Ratio:
-    """Of values measured in pairs. Student's t on the logarithms: of the few pairs that patience allows, a bootstrap's
+    """Of values measured in pairs."""
+    return ratio_of([a / b for a, b in zip(ours, theirs, strict=True)], level)
+
+
+def ratio_of(ratios: Sequence[float], level: float = RATIO_LEVEL) -> Ratio:
+    """Of pairs' ratios. Student's t on the logarithms: of the few pairs that patience allows, a bootstrap's
     percentiles are far too narrow (of three pairs all lie on one side of 1 by chance every fourth time)."""
-    log = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    log = [math.log(ratio) for ratio in ratios]
     value, low, high = (math.exp(x) if math.isfinite(x) else None for x in mean_interval(log, level))
     assert value is not None
     return Ratio(value, low, high, len(log))

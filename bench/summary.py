@@ -54,6 +54,7 @@ def summarise(rows: Sequence[dict[str, Any]], plan: dict[str, Any], environment:
         "seed": plan["seed"],
         "environment": environment,
         "native": settings["native"],
+        "by_step": plan.get("by_step", False),
         "case": settings["case"],
         "tolerances": TOLERANCES,
         "recipes": [_recipe(name, by_arm, order) for name, by_arm in sorted(by_recipe.items())],

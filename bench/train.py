@@ -2,10 +2,11 @@
 
 Ours, TRL and Unsloth, each in a process of its own, on the same model, tokens, rows and steps; where there is memory
 for it they take turns step by step, in random order, since a shared machine changes speed by more than tools differ,
-but less from one second to the next. What is learned is compared too: a faster training that is another is no gain.
+but less within seconds. What is learned is compared too: a faster training that is another is no gain.
 """
 
 import importlib
+import math
 import random
 import shlex
 import shutil
@@ -21,12 +22,12 @@ import tyro
 
 from bench.case import Case
 from bench.compare import checked
-from bench.launch import By, are_by_step, make_ready, measured
+from bench.launch import TurnBy, are_by_step, make_ready, rows_of
 from bench.recipes import NAMES
 from bench.report import deliver, markdown
-from bench.statistics import TOLERANCES, paired_ratio
+from bench.statistics import TOLERANCES, paired_ratio, ratio_of
 from fallback.choose import Backend, BackendName, Dtype
-from fallback.gpu import read_gpu
+from fallback.torch_build import usable_gpu
 from recipes.stages.base_model import Size
 from recipes.stages.console import say
 from recipes.stages.recipe import UserError
@@ -78,9 +79,9 @@ class Train:
     dropout: bool = False
     """Train with the recipe's own dropout, as a user does. Each arm draws its own, so losses are close, not the
     same."""
-    turns: By = "auto"
+    turns: TurnBy = "auto"
     """What the arms take turns by: a step, for which all of them are in memory at once, or a whole training. auto: a
-    step on a CPU, a training on a GPU, whose memory may hold one only."""
+    step without a GPU, where there is memory for it and models are not of full size."""
     limit: float = 900.0
     """Seconds of its own after which a training is given up."""
     seed: int = 0
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> None:
     rivals = checked(args.arms, tuple(RIVALS), "--arms")
     if args.steps <= args.warmup + 1:
         raise UserError(f"--steps {args.steps}: the first and {args.warmup} more are not counted; take more steps")
-    by_step = are_by_step(args.turns, read_gpu() is not None)
+    by_step = are_by_step(args.turns, usable_gpu() is not None, [args.size], 1 + len(rivals))
     folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
     rows: list[dict[str, Any]] = []
     try:
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> None:
             for name in recipes:
                 cases = [case(args, name, arm, repeat) for arm in (OURS, *rivals)]
                 order.shuffle(cases)
-                for row in measured(cases, folder, args.limit, by_step, worker, order):
+                for row in rows_of(cases, folder, args.limit, by_step, worker, order):
                     rows.append(row)
                     print(f"{name} #{repeat + 1} {row['arm']}: {brief(row)}", file=sys.stderr, flush=True)
                     for line in row.get("tail", ()):
@@ -195,15 +196,22 @@ def compared(
         both = sorted(ours.keys() & runs[arm].keys())
         if both:
             rounds = [speed(ours[k]["train"]["steps"], runs[arm][k]["train"]["steps"], warmup) for k in both]
-            arms[arm]["ours_to_this"] = asdict(paired_ratio(rounds, [1.0] * len(rounds)))
+            arms[arm]["ours_to_this"] = asdict(ratio_of(rounds))
             arms[arm]["rounds"] = rounds
             where = "allocated" if arms[OURS]["peak_allocated_bytes"] else "resident"
             own, its = ([of[k]["train"][f"peak_{where}_bytes"] for k in both] for of in (ours, runs[arm]))
             arms[arm]["memory_of_ours_to_this"] = asdict(paired_ratio(own, its))
             arms[arm]["losses_apart"] = losses_apart(arms[OURS]["losses"], arms[arm]["losses"])
-            arms[arm]["same_training"] = None if dropout else arms[arm]["losses_apart"] <= TOLERANCES[dtype]
+            arms[arm]["same_rows"] = all(
+                [step["tokens"] for step in ours[k]["train"]["steps"]]
+                == [step["tokens"] for step in runs[arm][k]["train"]["steps"]]
+                for k in both
+            )
+            same = arms[arm]["same_rows"] and (dropout or arms[arm]["losses_apart"] <= TOLERANCES[dtype])
+            arms[arm]["same_training"] = None if dropout and same else same
     ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}
-    best = min((arm for arm in ratios if arm != AGAIN), key=lambda arm: ratios[arm], default=None)
+    fair = (arm for arm in ratios if arm != AGAIN and arms[arm]["same_training"] is not False)
+    best = min(fair, key=lambda arm: ratios[arm], default=None)
     return {
         "dtype": dtype,
         "arms": arms,
@@ -214,10 +222,11 @@ def compared(
 
 
 def speed(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], warmup: int) -> float:
-    """Of one round, ours to theirs, by steps on the same rows; the median, since a step in which the machine did
-    something else is nobody's."""
-    pairs = list(zip(ours, theirs, strict=True))[1 + warmup :]
-    return median(other["seconds"] / own["seconds"] for own, other in pairs)
+    """Of one round: how many times as fast ours gets through a token, by steps; the middle of them, since a step in
+    which the machine did something else is nobody's. What one arm seldom waits for, as a compiler at a new shape, is in
+    its tokens per second alone."""
+    pairs = list(zip(ours, theirs, strict=False))[1 + warmup :]
+    return math.exp(median(math.log(b["seconds"] / b["tokens"] / (a["seconds"] / a["tokens"])) for a, b in pairs))
 
 
 def losses_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -250,7 +259,7 @@ def _cells(of: dict[str, Any]) -> list[str]:
         return [f"{of['status']}: {of['reason']}", *[""] * 6]
     ratio = of.get("ours_to_this")
     interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio and ratio["low"] is not None else ""
-    apart = f"{of['losses_apart']:.1%} apart" if ratio else ""
+    apart = f"{of['losses_apart']:.1%} apart" if ratio and of["same_rows"] else "other rows" if ratio else ""
     same = {True: "yes", False: f"no, {apart}", None: apart}[of.get("same_training")]
     return [
         f"{of['tokens_per_second']:,.0f}",

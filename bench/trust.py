@@ -90,7 +90,7 @@ def one(asked: Compare, run: int, folder: Path, planted: float) -> dict[str, Any
     )  # fmt: skip
     os.environ["BENCH_PLANT_SLEEP"] = f"peft:{planted}"
     try:
-        by_step = are_by_step(asked.turns, usable_gpu() is not None)
+        by_step = are_by_step(asked.turns, usable_gpu() is not None, [asked.size], len(backends))
         list(sweep(grid.cases(run), folder, asked.limit, {}, lambda case, row: None, by_step, random.Random(run)))
     finally:
         del os.environ["BENCH_PLANT_SLEEP"]

@@ -25,19 +25,31 @@ def seconds_each(ways: Mapping[str, Callable[[], int]], rounds: int) -> dict[str
 
 
 class Turns:
-    """Of a process that bench.launch.in_turns has started; in any other, nobody waits."""
+    """Of a process that bench.launch.in_turns has started beside others; in any other, nobody waits. To be made once,
+    as it begins."""
 
     def __init__(self) -> None:
         # Not for the processes that this one starts.
         told = os.environ.pop(CHANNEL, None)
         self._channel = socket.socket(fileno=int(told)) if told else None
-        if self._channel and sys.platform == "linux":
-            # A stopped process would outlive a parent that was killed, and keep its memory.
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if self._channel:
+            self._channel.set_inheritable(False)
+            if sys.platform == "linux":
+                # Stopped, it would outlive a parent that was killed, and keep its memory. PR_SET_PDEATHSIG looks at
+                # the thread that started it: in_turns is for a main thread.
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+    @property
+    def alone(self) -> bool:
+        return self._channel is None
 
     def wait(self) -> None:
         """This turn is over; come back when the next one begins."""
         if self._channel:
-            self._channel.sendall(b".")
-            if not self._channel.recv(1):
+            try:
+                self._channel.sendall(b".")
+                told = self._channel.recv(1)
+            except OSError:
+                told = b""
+            if not told:
                 sys.exit("whoever measures this is gone")

@@ -34,16 +34,17 @@ def make_ready(name: str, size: str, weights: str) -> None:
 
 
 def main(case_file: str, out: str, folder: str) -> None:
+    turns = Turns()
     case = Case.of(read_json(Path(case_file)))
     recipe = importlib.import_module(f"recipes.{case.recipe}").RECIPE
-    write_json(Path(out), measure(case, recipe, Path(folder)))
+    write_json(Path(out), measure(case, recipe, Path(folder), turns))
 
 
-def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def measure(case: Case, recipe: Recipe, folder: Path, turns: Turns) -> dict[str, Any]:
     from bench.meters import TrainingMeter
     from recipes.stages.pace import matmul_flops_per_second
 
-    meter = TrainingMeter(case.arm)
+    meter = TrainingMeter(case.arm, turns)
     args = cli.parse_train(recipe, "train", [*case.flags, "--run", str(folder)])
     run, chosen, choice, settings = fine_tune(recipe, args, meter)
     trained = read_json(run.metrics)["train"]
@@ -64,7 +65,7 @@ def measure(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     found["train"]["matmul_flops_per_second"] = peak
     found["train"]["mfu"] = found["train"]["flops_per_step"] / found["train"]["step_seconds_median"] / peak
     if "generate" in case.phases:
-        found["generate"] = answering(case, recipe, run, chosen, choice, settings, meter.turns)
+        found["generate"] = answering(case, recipe, run, chosen, choice, settings, turns)
     return found
 
 
@@ -119,11 +120,14 @@ def training(case: Case, meter: Any, run: Run, computed: float) -> dict[str, Any
             {
                 "seconds": second,
                 "ended": ended,
+                "tokens": tokens,
                 "loss": step["loss"],
                 "grad_norm": step["grad_norm"],
                 "batch": "".join(b["hash"] for b in batch),
             }
-            for second, ended, step, batch in zip(meter.seconds, meter.ended, steps, batches, strict=True)
+            for second, ended, tokens, step, batch in zip(
+                meter.seconds, meter.ended, sums["tokens"], steps, batches, strict=True
+            )
         ],
     }
     return found

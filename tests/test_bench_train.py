@@ -9,7 +9,7 @@ from conftest import need
 
 
 def row(arm: str, repeat: int, rate: float, losses: list[float], **more: Any) -> dict[str, Any]:
-    steps = [{"seconds": 50 / rate, "loss": loss} for loss in losses]
+    steps = [{"seconds": 50 / rate, "loss": loss, "tokens": 50} for loss in losses]
     told = {
         "tokens_per_second": rate, "supervised_tokens_per_second": rate / 10, "samples_per_second": rate / 50,
         "first_step_seconds": 2.0, "peak_resident_bytes": 2**30, "peak_allocated_bytes": None, "steps": steps,
@@ -29,14 +29,18 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
     rows.append({"arm": "unsloth-compiled", "repeat": 0, "status": "failed", "reason": "no compiler"})
     found = compared(rows, ("trl", "unsloth", "unsloth-compiled"), 0)
     assert found["ratio_to_trl"] == pytest.approx(3)
-    assert (found["best_other"], found["ratio_to_best_other"]) == ("unsloth", pytest.approx(1.5))
+    # A faster training that is another one is nobody's rival.
+    assert (found["best_other"], found["ratio_to_best_other"]) == ("trl", pytest.approx(3))
     assert found["arms"]["trl"]["same_training"]
     assert not found["arms"]["unsloth"]["same_training"]
     said = table(found)
     assert "no, 33.3% apart" in said
     assert "failed: no compiler" in said
     assert "Ours computes at 30% of the 100 GFLOP/s" in said
-    assert "The fastest other is unsloth: ours is x 1.50." in said
+    assert "The fastest other is trl: ours is x 3.00." in said
+    rows[-2]["train"]["steps"][1]["tokens"] = 40
+    assert "| no, other rows |" in table(compared(rows, ("trl", "unsloth"), 0))
+    rows[-2]["train"]["steps"][1]["tokens"] = 50
     drawn = compared(rows, ("trl", "unsloth"), 0, dropout=True)
     assert drawn["arms"]["trl"]["same_training"] is None
     assert "| 0.1% apart |" in table(drawn)
@@ -45,11 +49,13 @@ def test_ratios_are_of_pairs_and_other_losses_are_no_gain() -> None:
 def test_a_round_s_ratio_is_of_steps_on_the_same_rows_and_no_outlier_is_anybody_s() -> None:
     from bench.train import speed
 
-    def steps(*seconds: float) -> list[dict[str, float]]:
-        return [{"seconds": second} for second in seconds]
+    def steps(*seconds: float, tokens: int = 7) -> list[dict[str, float]]:
+        return [{"seconds": second, "tokens": tokens} for second in seconds]
 
     # The first step and one of warmup do not count; the last time the machine did something else.
-    assert speed(steps(9, 9, 1, 2, 3, 90), steps(1, 1, 2, 4, 6, 9), warmup=1) == 2
+    ours = steps(9, 9, 1, 2, 3, 1, 90)
+    assert speed(ours, steps(1, 1, 2, 4, 6, 2, 9), warmup=1) == pytest.approx(2)
+    assert speed(ours, steps(1, 1, 2, 4, 6, 2, 9, tokens=14), warmup=1) == pytest.approx(1)
 
 
 def test_a_handicap_is_told_beside_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +112,7 @@ def test_the_same_rows_give_the_same_losses(rival: str, command: Callable[..., A
     assert done.returncode == 0, done.stderr
     arms = json.loads(done.stdout)["recipes"]["gemma3_12b_opercode"]["arms"]
     assert arms[rival]["status"] == arms["ours"]["status"] == "measured", done.stdout
+    assert arms[rival]["same_rows"]
     assert arms[rival]["losses"] == pytest.approx(arms["ours"]["losses"], rel=2e-3)
     assert arms["ours"]["mfu"] > 0
     assert "handicap" not in arms["ours"]

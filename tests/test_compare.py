@@ -131,6 +131,11 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summarise(rows, {"command": "python -m bench compare", "seed": 1, "settings": settings}, ENVIRONMENT)
 
 
+def test_a_report_says_what_arms_took_turns_by() -> None:
+    assert "were measured one after the other" in report.as_markdown(summary_of(rows_of()))
+    assert "took turns step by step" in report.as_markdown({**summary_of(rows_of()), "by_step": True})
+
+
 def test_the_verdicts() -> None:
     ((told, warning),) = report.verdicts(summary_of(rows_of()))
     assert "no difference shown" in told
@@ -267,12 +272,12 @@ def test_a_sweep(command: Command, tmp_path: Path) -> None:
 
 def test_a_slow_down_of_one_arm_is_found(command: Command) -> None:
     """Ten times as slow, so that no noise of a test machine hides it; the fine limit is for bench trust to measure."""
-    done = command("bench", "trust", "--runs", "1", "--repeats", "3", "--steps", "9", "--planted", "9", "--json")
+    done = command("bench", "trust", "--runs", "1", "--repeats", "4", "--steps", "9", "--planted", "9", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["found"] == 1
     ((equal,), (planted,)) = found["comparisons"].values()
-    assert equal["pairs"] == planted["pairs"] == 3
+    assert equal["pairs"] == planted["pairs"] == 4
     assert planted["value"] > 3 > equal["value"]
 
 
