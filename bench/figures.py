@@ -237,7 +237,7 @@ def on_a_gpu() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
-    "gpu": on_a_gpu, "train": partial(trained, "train_bfloat16.json", "train_bfloat16_chat.json"),
+    "gpu": on_a_gpu, "train": partial(trained, "train_bfloat16.json"),
     "float32": partial(trained, "train.json", "train_civil.json", "train_chat.json"),
     "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
