@@ -72,9 +72,10 @@ def models_seen(way: str, folder: Path) -> dict[str, int]:
     else:
         leave_out.the_process_is_ours()
         from bench.case import Case
+        from bench.turns import Turns
         from bench.worker import measure
 
-        measure(Case(NAME, "peft", "peft", 0, FLAGS, warmup=1), recipe, folder)
+        measure(Case(NAME, "peft", "peft", 0, FLAGS, warmup=1), recipe, folder, Turns())
     return found
 
 
