@@ -91,7 +91,7 @@ def _key(case: Case) -> dict[str, Any]:
 TurnBy = Literal["auto", "step", "training"]
 """What arms take turns by: a step, for which all of them are in memory at once, or all that there is to measure."""
 _AN_ARM = 2.5 * 2**30
-"""Bytes for the training of a small model: 1.1 to 1.8 GiB with its libraries in results/, and a compiler's."""
+"""Bytes for the training of a small model: 1.1 to 1.9 GiB with its libraries in results/, and a compiler's."""
 
 
 def are_by_step(by: TurnBy, gpu: bool, sizes: Collection[str], arms: int) -> bool:

@@ -17,7 +17,7 @@ from bench.case import Case
 from bench.launch import are_by_step, finished, in_turns, sweep
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/proc, and a parent's end that its children are told of")
-# Four steps; in each it looks at what the others are doing, and a process that it has started writes what it does.
+# Four steps, in each of which it looks at what the others are doing; a process of its own is busy all the time.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
