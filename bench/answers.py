@@ -17,7 +17,7 @@ from bench.recipes import NAMES
 from bench.report import deliver, said
 from bench.statistics import paired_ratio
 from bench.turns import seconds_each
-from fallback.choose import Backend
+from fallback.choose import Backend, Dtype
 from recipes.stages import cli, fine_tune, loading, train
 from recipes.stages.base_model import Size
 from recipes.stages.console import held_back, say
@@ -41,6 +41,8 @@ class Answers:
     """Steps to train it for: an untrained model does not end its answers."""
     backend: Backend = "peft"
     """Backend of training and answering."""
+    dtype: Dtype = "auto"
+    """What both are computed in."""
     questions: int = 60
     """Questions that are answered together, as far as the sample has them; a quarter of them one at a time, too."""
     repeats: int = 6
@@ -73,6 +75,7 @@ def main(arguments: list[str]) -> None:
         "recipe": recipe.name,
         "model": chosen.description,
         "backend": choice.backend,
+        "dtype": choice.dtype,
         "answers_per_second": {way: 1 / median(seconds) for way, seconds in found["seconds_each"].items()},
         "ratio_to_loop": asdict(ratio),
         **found,
@@ -80,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if deliver(summary, args.out, args.json):
         return
     asked = f"{found['questions']} questions, {found['questions_in_loop']} of them in the loop"
-    say(f"{chosen.description}; {asked}, {found['tokens']:.0f} tokens in an answer, greedy")
+    say(f"{chosen.description}, {choice.dtype}; {asked}, {found['tokens']:.0f} tokens in an answer, greedy")
     for way, what in (("loop", "generate() in a loop"), ("ours", f"at most {recipe.sampling.batch_size} at a time")):
         say(f"  {what:<24} {summary['answers_per_second'][way]:8.2f} answers/s")
     say(
@@ -91,7 +94,7 @@ def main(arguments: list[str]) -> None:
 
 def trained(args: Answers, recipe: Recipe, folder: Path) -> Path:
     flags = ["--size", args.size, "--weights", "random", "--backend", args.backend, "--max-steps", str(args.steps)]
-    flags += ["--early-stopping", "off", "--run", str(folder)]
+    flags += ["--dtype", args.dtype, "--early-stopping", "off", "--run", str(folder)]
     fine_tune.fine_tune(recipe, cli.parse_train(recipe, "train", flags))
     return folder
 

@@ -1,8 +1,9 @@
-"""How fast payments are classified, four ways, taking turns in one process over the same texts.
+"""How fast payments are classified, taking turns in one process over the same texts.
 
 (a) one at a time with generate() and a regular expression, as most scripts do it; (b) the same in batches;
 (c) the probability of every code, over the tree of codes: what predict does; (d) the bound: one forward over the
-texts' own tokens and nothing else.
+texts' own tokens and nothing else; (e) the least: the same with the end of each prompt, and the tokens of its code but
+the last, which nobody can do without who wants to know how probable the likeliest code is.
 """
 
 import csv
@@ -20,13 +21,14 @@ import tyro
 from bench.report import deliver
 from bench.turns import seconds_each
 from fallback import leave_out
-from fallback.choose import Backend, choose
+from fallback.choose import Backend, Dtype, choose
 from recipes.gemma3_12b_opercode import RECIPE
 from recipes.samples.payments import payments
 from recipes.stages import loading, prepare, train
 from recipes.stages.base_model import Chosen, Size, model_type, settle
 from recipes.stages.classifier import Known
 from recipes.stages.console import held_back, say
+from recipes.stages.fine_tune import in_bfloat16
 from recipes.stages.recipe import Balance
 from recipes.stages.run import Run, environment
 
@@ -43,6 +45,8 @@ class Classify:
     """Steps to train it for: an untrained model does not end its answers, and its probabilities lie everywhere."""
     backend: Backend = "peft"
     """Backend of training and answering."""
+    dtype: Dtype = "auto"
+    """What both are computed in."""
     classes: int = 86
     """Codes of the training file."""
     texts: int = 256
@@ -72,23 +76,30 @@ def main(arguments: list[str]) -> None:
         "environment": environment(),
         "model": chosen.description,
         "backend": choice.backend,
+        "dtype": choice.dtype,
         "payments_per_second": medians,
         "ratio_to_one_at_a_time": median(r[2] / r[0] for r in rounds),
         "ratio_to_batched": median(r[2] / r[1] for r in rounds),
         "ratio_to_bound": median(r[2] / r[3] for r in rounds),
+        "ratio_to_least": median(r[2] / r[4] for r in rounds),
         **{name: value for name, value in found.items() if name != "payments_per_second"},
         "rounds": found["payments_per_second"],
     }
     if deliver(summary, args.out, args.json):
         return
-    say(f"{chosen.description}; {args.texts} payments, {summary['own_tokens']:.0f} own tokens each")
-    labels = ("a  one at a time, generate()", "b  batched generate()", "c  over the tree of codes", "d  the bound")
+    told = f"{chosen.description}, {choice.dtype}"
+    say(f"{told}; {args.texts} payments, {summary['own_tokens']:.0f} own tokens each")
+    labels = (
+        "a  one at a time, generate()", "b  batched generate()", "c  over the tree of codes", "d  the bound",
+        "e  the least",
+    )  # fmt: skip
     for label, (name, rate) in zip(labels, medians.items(), strict=True):
         valid = summary["valid"].get(name)
         say(f"  {label:<30} {rate:8.1f} payments/s" + (f"   {valid:.0%} valid codes" if valid is not None else ""))
     say(
         f"c is {summary['ratio_to_one_at_a_time']:.1f} x a, {summary['ratio_to_batched']:.2f} x b, "
-        f"{summary['ratio_to_bound']:.2f} x d; {summary['expansions']:.1f} branches looked into per payment"
+        f"{summary['ratio_to_bound']:.2f} x d, {summary['ratio_to_least']:.2f} x e; {summary['expansions']:.1f} "
+        "branches looked into per payment"
     )
     say(f"medians of {args.repeats} rounds; ratios are medians of the rounds' ratios")
 
@@ -106,8 +117,11 @@ def trained(args: Classify, folder: Path) -> Run:
         table.writerow(["PaymentComment", "OperCode"])
         table.writerows(known_payments(args) * 3)
     chosen: Chosen = settle(RECIPE, args.size, "random")
-    settings = replace(RECIPE.settings, **{**RECIPE.miniature, "max_steps": args.steps})
-    choice = choose(model_type(RECIPE, chosen), args.backend, settings.quantization, settings.optimizer)
+    settings = replace(RECIPE.settings, **{**RECIPE.miniature, "max_steps": args.steps, "dtype": args.dtype})
+    choice = choose(
+        model_type(RECIPE, chosen), args.backend, settings.quantization, settings.optimizer, dtype=settings.dtype,
+        large=in_bfloat16(chosen, None),
+    )  # fmt: skip
     options = replace(RECIPE.options, min_samples_per_class=1, allow_leak=True)
     run = prepare.prepare(RECIPE, folder / "payments.csv", options, 0, folder / "run", quiet=True)
     train.record(run, train.decisions(run, settings, chosen, RECIPE.balance), choice)
@@ -121,7 +135,7 @@ def trained(args: Classify, folder: Path) -> Run:
 def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> dict[str, Any]:
     import torch
 
-    from recipes.stages.contexts import Context
+    from recipes.stages.contexts import Context, beginning
     from recipes.stages.generation import batches, by_library
     from recipes.stages.scoring import Codes, affordable_tokens, score
 
@@ -132,8 +146,10 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     own = sorted(
         (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts), key=len, reverse=True
     )
+    encoded = model.renderer.prompts(prompts, max_length)
     valid: dict[str, float] = {}
     expansions: list[int] = []
+    likeliest: list[int] = []
 
     def generated(some: Sequence[Any]) -> list[str]:
         encoded = model.renderer.prompts(some, max_length)
@@ -160,18 +176,35 @@ def measure(args: Classify, model: loading.Model, run: Run, max_length: int) -> 
     def tree() -> int:
         scores = score(model, codes, prompts, max_length, batch_tokens=args.batch_tokens)
         expansions.append(scores.expansions)
-        valid["tree"] = sum(codes.names[i] in names for i in scores.log_p.argmax(1)) / len(prompts)
+        likeliest[:] = scores.log_p.argmax(1).tolist()
+        valid["tree"] = sum(codes.names[i] in names for i in likeliest) / len(prompts)
         return len(prompts)
 
     def bound() -> int:
         with torch.inference_mode():
             Context(model.network, len(own), len(own[0])).read_texts(own)
+        wait()
+        return len(own)
+
+    def least() -> int:
+        with torch.inference_mode():
+            shared = beginning(model.network, encoded)
+            start = shared.positions.shape[1]
+            pairs = zip(encoded, likeliest, strict=True)
+            texts = sorted((text[start:] + codes.answers[code][:-1] for text, code in pairs), key=len, reverse=True)
+            context = Context(model.network, len(texts), start + len(texts[0]))
+            context.begin_with(shared)
+            context.read_texts(texts)
+        wait()
+        return len(texts)
+
+    def wait() -> None:
         if model.network.device.type == "cuda":
             torch.cuda.synchronize()
-        return len(own)
 
     ways: dict[str, Callable[[], int]] = {
         "one_at_a_time": one_at_a_time, "batched": batched, "tree": tree, "bound": bound,
+        "least": least,
     }  # fmt: skip
     seconds = seconds_each(ways, args.repeats)
     return {

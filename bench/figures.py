@@ -76,33 +76,56 @@ def balance() -> str:
     return report.markdown(["way", "macro F1", "accuracy", "recall of the rarer half"], lines)
 
 
+def by_precision(name: str) -> dict[str, Any]:
+    return {"bfloat16": read_json(RESULTS / f"{name}_bfloat16.json"), "float32": read_json(RESULTS / f"{name}.json")}
+
+
+def made_by(found: dict[str, Any]) -> str:
+    env = found["environment"]
+    return f"{found['dtype']}, {env['processor']}, {env['cores']} cores: `{found['command']}`"
+
+
 def classify() -> str:
-    found = read_json(RESULTS / "classify.json")
-    rates, valid = found["payments_per_second"], found["valid"]
+    found = by_precision("classify")
     named = {
         "one_at_a_time": "one at a time with generate() and a regular expression",
         "batched": "batched generate()",
         "tree": "over the tree of codes, with every probability",
+        "least": "the payments, the end of each prompt and the likeliest code, read in one pass",
         "bound": "the bound: one forward pass over the payments' own tokens",
     }
-    lines = [[what, f"{rates[n]:.1f}", f"{valid[n]:.0%}" if n in valid else ""] for n, what in named.items()]
-    told = (
-        f"The tree is {found['ratio_to_one_at_a_time']:.1f} times as fast as one at a time, "
-        f"{found['ratio_to_batched']:.2f} times batched generation and {found['ratio_to_bound']:.2f} of the bound "
-        f"(medians of the rounds' ratios); it looked into {found['expansions']:.1f} branches per payment."
-    )
-    return report.markdown(["way", "payments/s", "valid codes"], lines) + "\n\n" + told
+    lines = [
+        [
+            what,
+            *(f"{one['payments_per_second'][way]:.1f}" for one in found.values()),
+            ", ".join(sorted({f"{one['valid'][way]:.0%}" for one in found.values() if way in one["valid"]})),
+        ]
+        for way, what in named.items()
+    ]
+    told = [
+        f"In {name} the tree is {one['ratio_to_one_at_a_time']:.1f} times as fast as one at a time, "
+        f"{one['ratio_to_batched']:.2f} times batched generation, {one['ratio_to_least']:.2f} of what has to be read "
+        f"and {one['ratio_to_bound']:.2f} of the bound (medians of the rounds' ratios); it looked into "
+        f"{one['expansions']:.1f} branches per payment."
+        for name, one in found.items()
+    ]
+    header = ["way", *(f"{name}, payments/s" for name in found), "valid codes"]
+    return "\n\n".join([report.markdown(header, lines), *told, *map(made_by, found.values())])
 
 
 def answers() -> str:
-    found = read_json(RESULTS / "answers.json")
+    found = by_precision("answers")
     named = {"loop": "generate() in a loop", "ours": "evaluate and predict"}
-    lines = [[what, f"{found['answers_per_second'][way]:.2f}"] for way, what in named.items()]
-    told = (
-        f"{found['questions']} questions, {found['questions_in_loop']} of them in the loop: "
-        f"{report.said(found['ratio_to_loop'])}; {found['same']:.0%} of the answers are the same."
-    )
-    return report.markdown(["way", "answers/s"], lines) + "\n\n" + told
+    lines = [
+        [what, *(f"{one['answers_per_second'][way]:.2f}" for one in found.values())] for way, what in named.items()
+    ]
+    told = [
+        f"In {name}, {one['questions']} questions, {one['questions_in_loop']} of them in the loop: "
+        f"{report.said(one['ratio_to_loop'])}; {one['same']:.0%} of the answers are the same."
+        for name, one in found.items()
+    ]
+    header = ["way", *(f"{name}, answers/s" for name in found)]
+    return "\n\n".join([report.markdown(header, lines), *told, *map(made_by, found.values())])
 
 
 def prepare() -> str:

@@ -42,7 +42,7 @@ def main() -> None:
 def chosen(gpu: Gpu | None, build: TorchBuild | None) -> dict[str, Choice]:
     """By architecture, for training a model that is not tiny, with 4 bits and the paged optimiser."""
     return {
-        name: choose(name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build, trains_large=True)
+        name: choose(name, quantization="4bit", optimizer="paged_adamw_8bit", gpu=gpu, build=build, large=True)
         for name in ARCHITECTURES
     }
 

@@ -112,12 +112,12 @@ def choose(
     dtype: Dtype = "auto",
     build: TorchBuild | None = None,
     failed: Mapping[str, str] | None = None,
-    trains_large: bool = False,
+    large: bool = False,
 ) -> Choice:
     """Decide everything that depends on the machine. Raises CannotRun for a named backend that cannot run. Without
     `build` this machine's GPU is judged by the installed torch, and a described one by a torch that fits it. `failed`
-    are backends that were tried and died, each with how. `trains_large`: it is for training a model that is not tiny,
-    where a processor's fastest products are worth their roundings."""
+    are backends that were tried and died, each with how. `large`: it is for a model that is not tiny, where a
+    processor's fastest products are worth their roundings."""
     if gpu == "read":
         gpu = read_gpu()
         if gpu is not None and build is None:
@@ -133,7 +133,7 @@ def choose(
     if idle:
         gpu, reasons["device"] = None, f"everything runs on the CPU: {idle}"
 
-    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype, trains_large)
+    chosen_dtype, reasons["dtype"] = _dtype(gpu, model_type, dtype, large)
     chosen_attention, reasons["attention"] = _attention(gpu, model_type, attention, chosen_dtype)
 
     eight_bit = quantization == "8bit"
@@ -217,7 +217,7 @@ def _attention(
 
 
 def _dtype(
-    gpu: Gpu | None, model_type: str, wanted: Dtype, trains_large: bool
+    gpu: Gpu | None, model_type: str, wanted: Dtype, large: bool
 ) -> tuple[Literal["bfloat16", "float16", "float32"], str]:
     if wanted != "auto":
         obstacle = None
@@ -232,8 +232,8 @@ def _dtype(
         return wanted, f"--dtype {wanted}"
     if gpu is None:
         instructions = cpu.bfloat16()
-        if instructions and trains_large:
-            return "bfloat16", f"this processor multiplies it by {instructions}; answers are computed in float32"
+        if instructions and large:
+            return "bfloat16", f"this processor multiplies it by {instructions}"
         # Emulated bfloat16 would be slower, and a tiny model is small products with much beside them.
         return "float32", EXACT
     if gpu.bf16:

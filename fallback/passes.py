@@ -76,22 +76,23 @@ def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     return _WithLora.apply(x, kept, self.base_layer, down, up, scaling / (1 - share))
 
 
-def put_together(network: Any) -> str | None:
-    """For answering, in float32: each layer's weights and LoRA as the one matrix that they amount to. Unpacking 4 bits
-    takes as long for one token as for a thousand, and an answer goes through a layer once for each of its tokens.
+def put_together(network: Any, dtype: str) -> str | None:
+    """For answering: each layer's weights and LoRA as the one matrix that they amount to, rounded once. Unpacking 4
+    bits takes as long for one token as for a thousand, and an answer goes through a layer once for each of its tokens.
     Returns why not. That follows from the machine, not from the moment: an interrupted file goes on with the same
     digits, and so do several processes."""
     from peft.tuners.lora import LoraLayer
 
+    wanted = getattr(torch, dtype)
     layers = [module for module in network.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
-    if why_not := _too_large(layers):
+    if why_not := _too_large(layers, wanted.itemsize):
         return why_not
     with torch.no_grad():
         for layer in layers:
             (name,) = layer.lora_A
             weight = frozen_weight(layer.get_base_layer(), torch.float32)
             down, up = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
-            layer.whole = torch.addmm(weight, up, down, alpha=layer.scaling[name])
+            layer.whole = torch.addmm(weight, up, down, alpha=layer.scaling[name]).to(wanted)
             layer.forward = MethodType(whole_forward, layer)
     return None
 
@@ -123,7 +124,7 @@ def _computed_as(layer: Any, dtype: torch.dtype) -> bool:
     return layer.compute_dtype in (None, dtype) and (state is None or state.dtype == dtype)
 
 
-def _too_large(layers: Sequence[Any], bytes_each: int = 4) -> str | None:
+def _too_large(layers: Sequence[Any], bytes_each: int) -> str | None:
     wanted, memory = bytes_each * sum(layer.in_features * layer.out_features for layer in layers), memory_bytes()
     if wanted <= memory // 4:
         return None

@@ -69,6 +69,7 @@ def test_classify(command: Command) -> None:
     rates = found["payments_per_second"]
     assert found["ratio_to_one_at_a_time"] == pytest.approx(rates["tree"] / rates["one_at_a_time"])
     assert found["ratio_to_bound"] == pytest.approx(rates["tree"] / rates["bound"])
+    assert found["ratio_to_least"] == pytest.approx(rates["tree"] / rates["least"])
     assert found["expansions"] >= 1
 
 

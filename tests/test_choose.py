@@ -17,7 +17,7 @@ from fallback.cards import card
 from fallback.choose import CannotRun, choose
 from fallback.torch_build import TorchBuild
 from recipes.stages import fine_tune, loading
-from recipes.stages.base_model import Chosen
+from recipes.stages.base_model import Chosen, settle
 from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
 from recipes.stages.recipe import Sampling, Settings
@@ -223,7 +223,7 @@ def test_a_training_asks_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         with pytest.raises(CannotRun, match="that is all"):
             fine_tune.fine_tune(here, parse_train(here, "train", given))
         assert asked["failed"].keys() == told
-        assert asked["trains_large"] == (size != "tiny")
+        assert asked["large"] == (size != "tiny")
     assert not (tmp_path / "run").exists()
 
 
@@ -358,37 +358,32 @@ def test_a_processor_that_multiplies_bfloat16_trains_in_it(
     assert told.usable == (instructions is not None)
     assert str(instructions or "needs a GPU") in told.reason
     assert not components.bf16(card("T4")).usable
-    trained = choose("llama", gpu=None, trains_large=True)
+    trained = choose("llama", gpu=None, large=True)
     assert trained.dtype == ("bfloat16" if instructions else "float32")
     assert str(instructions or "exact") in trained.reasons["dtype"]
     assert choose("llama", gpu=None).dtype == "float32"
-    assert choose("llama", gpu=None, dtype="float32", trains_large=True).dtype == "float32"
+    assert choose("llama", gpu=None, dtype="float32", large=True).dtype == "float32"
     # What a GPU computes in does not follow from the processor beside it.
-    assert choose("llama", "peft", gpu=card("T4"), build=CU130, trains_large=True).dtype == "float16"
+    assert choose("llama", "peft", gpu=card("T4"), build=CU130, large=True).dtype == "float16"
 
 
 @pytest.mark.parametrize(
-    ("gpu", "named", "answers"),
-    [(None, "auto", "float32"), (None, "bfloat16", "bfloat16"), ("H100", "auto", "bfloat16")],
+    ("size", "named", "answers"),
+    [("small", "auto", "bfloat16"), ("tiny", "auto", "float32"), ("small", "float32", "float32")],
 )
-def test_answers_are_exact_unless_something_else_was_named(
-    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, gpu: str | None, named: Any, answers: str
+def test_answers_are_computed_in_what_a_training_would_be(
+    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, size: Any, named: Any, answers: str
 ) -> None:
     processor("avx512_bf16")
-    trained = choose("llama", "peft", gpu=gpu and card(gpu), build=CU130, dtype=named, trains_large=True)
-    assert trained.dtype == "bfloat16"
-    asked: list[choosing.Choice] = []
-
-    def until_here(*given: Any) -> None:
-        asked.append(given[3])
-        raise CannotRun("that is all")
-
-    monkeypatch.setattr(loading, "load_trained", until_here)
-    monkeypatch.setattr(loading, "settings_of", lambda _: replace(recipe("llama_1b_civil").settings, dtype=named))
-    with pytest.raises(CannotRun, match="that is all"):
-        loading.load_to_answer(None, None, None, trained, 9)  # type: ignore[arg-type]
-    assert [choice.dtype for choice in asked] == [answers]
-    assert ("most exact" in asked[0].reasons["dtype"]) == (answers == "float32")
+    here = recipe("llama_1b_civil")
+    monkeypatch.setattr(loading, "find_run", lambda *_: Run(Path("nowhere")))
+    monkeypatch.setattr(loading.adapter, "check", lambda _: None)
+    chosen = settle(here, size, "random")
+    monkeypatch.setattr(Chosen, "opened", lambda _: chosen)
+    monkeypatch.setattr(loading, "settings_of", lambda _: replace(here.settings, dtype=named))
+    monkeypatch.setattr(loading, "backend_of", lambda _: "peft")
+    _, _, choice, _ = loading.open_run(here, None)
+    assert choice.dtype == answers
 
 
 def test_a_training_goes_on_in_the_precision_it_was_begun_in(monkeypatch: pytest.MonkeyPatch) -> None:

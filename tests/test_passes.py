@@ -164,6 +164,13 @@ def test_whole_matrices_answer_as_layers_and_lora_do(found: dict[str, Any], quan
     assert here["base_apart"] == 0
 
 
+def test_whole_matrices_of_bfloat16_are_no_less_exact_than_layers_and_lora(found: dict[str, Any]) -> None:
+    """Distances of logits to the float32 ones of the same weights."""
+    here = found["whole bfloat16"]
+    assert 0 < here["together"] < 1.2 * here["apart"]
+    assert here["together"] < 0.5 * here["of_training"]
+
+
 @pytest.mark.parametrize("limit", ["machine", "container", "batch system", "old container"])
 def test_no_whole_matrices_without_memory_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str) -> None:
     from peft import LoraConfig
@@ -187,13 +194,13 @@ def test_no_whole_matrices_without_memory_for_them(monkeypatch: pytest.MonkeyPat
         path.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(f"7:cpu,cpuacct:/elsewhere\n{place}\n", encoding="utf-8")
     at.write_text("max\n" if limit == "machine" else f"{needed - 1}\n", encoding="utf-8")
-    why_not = passes.put_together(layer)
+    why_not = passes.put_together(layer, "float32")
     assert why_not
     assert "more than a quarter of" in why_not
     assert layer.forward.__func__ is passes.lora_forward
     at.write_text(f"{needed}\n", encoding="utf-8")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(total=2**40))
-    assert passes.put_together(layer) is None
+    assert passes.put_together(layer, "float32") is None
     assert layer.forward.__func__ is passes.whole_forward
 
 
@@ -364,28 +371,41 @@ def compared(name: str) -> dict[str, Any]:
         exact.float()
         best = taken(exact, batch)
     result["bfloat16"] = {"passes": distance(ours, best), "original": distance(theirs, best)}
+    result["whole bfloat16"] = narrow_whole(*ready(name, "none", "bfloat16"))
     return result
 
 
-def whole(network: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def answers(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     given = {name: value for name, value in batch.items() if name != "labels"}
+    network.eval()
+    with torch.inference_mode():
+        return network(**given, use_cache=False).logits.float()
 
-    def answers() -> torch.Tensor:
-        with torch.inference_mode():
-            return network(**given, use_cache=False).logits
 
+def narrow_whole(network: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    apart = answers(network, batch)
+    assert passes.put_together(network, "bfloat16") is None
+    together = answers(network, batch)
+    passes.teach(network.float())
+    best = answers(network, batch)
+    with network.disable_adapter():
+        untrained = answers(network, batch)
+    found = {"apart": apart, "together": together, "of_training": untrained}
+    return {name: (logits - best).square().mean().sqrt().item() for name, logits in found.items()}
+
+
+def whole(network: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     def base() -> torch.Tensor:
         with network.disable_adapter():
-            return answers()
+            return answers(network, batch)
 
-    network.eval()
-    usual, untrained = answers(), base()
-    why_not = passes.put_together(network)
+    usual, untrained = answers(network, batch), base()
+    why_not = passes.put_together(network, "float32")
     size = usual.std()
     return {
         "why_not": why_not,
         "layers": sum(getattr(m.forward, "__func__", None) is passes.whole_forward for m in network.modules()),
-        "apart": ((answers() - usual).abs().max() / size).item(),
+        "apart": ((answers(network, batch) - usual).abs().max() / size).item(),
         "of_training": ((usual - untrained).abs().max() / size).item(),
         "base_apart": (base() - untrained).abs().max().item(),
     }

@@ -149,6 +149,49 @@ def test_keys_and_values_go_with_their_batch() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("texts", [[8, 7, 6], [5, 5, 5, 5, 5], [4, 3]])
+def test_few_lengths_go_through_a_network_of_bfloat16(texts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN writes code for each of them. Tokens that fill a pass up belong to nobody: nothing else changes."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fallback import cpu
+    from recipes.stages.contexts import Context
+
+    shape = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(shape).eval()
+    seen: list[int] = []
+    network.model.embed_tokens.register_forward_hook(lambda _, args, made: seen.append(args[0].numel()))
+    network.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+
+    def read() -> Any:
+        seen.clear()
+        context = Context(network, len(texts), 20)
+        with torch.inference_mode():
+            context.read_texts([[(3 * row + i) % 50 for i in range(length)] for row, length in enumerate(texts)])
+            where = np.full((len(texts), 1), -1)
+            after = np.arange(len(texts))[:, None]
+            where[:, 0] = texts
+            path = context.positions[:, None] >= 0
+            return context.read(after, where, path, np.zeros_like(after), np.ones_like(after, dtype=bool))
+
+    exact, tokens = read(), sum(texts)
+    assert seen[0] == tokens
+    network.bfloat16()
+    narrow, given = read(), list(seen)
+    assert given[0] == (32 if tokens > 16 else tokens)
+    assert (narrow.float() - exact).abs().max() < 0.03 * exact.abs().max()
+    monkeypatch.setattr(cpu, "rounded", lambda rows: rows)
+    unfilled = read()
+    assert seen[0] == tokens
+    assert (narrow - unfilled).abs().max() < 0.02 * exact.abs().max()
+
+
 def check(name: str, backend: str) -> dict[str, Any]:
     from recipes.samples.payments import OPERATIONS, payments
     from recipes.stages import loading

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicLayer
 
+from fallback import cpu
 from fallback.patched import loaded_patchers, uncompiled
 from recipes.stages import last_layer
 from recipes.stages.folding import attending, attentions
@@ -25,6 +26,8 @@ from recipes.stages.folding import attending, attentions
 # Places of a batch's rows, padding among them, whose texts are read in one pass. A CPU is fastest where a layer's
 # outcome stays in its caches; a GPU waits for its many kernels.
 PLACES_AT_ONCE = {"cpu": 4096, "cuda": 8192}
+# So few tokens as the last questions of a file make go through as they are: they have few lengths.
+_FEW = 16
 
 
 class Context:
@@ -109,18 +112,22 @@ class Context:
         device = self.network.device
         ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
         packed: dict[str, Any] = {}
+        few_lengths = device.type == "cpu" and self.network.dtype == torch.bfloat16
         if self._packs():
-            packed = {"packed": Packed.of(real, device)}
-            tokens, positions, wanted = (x[real][None] for x in (tokens, positions, wanted))
+            count = int(real.sum())
+            length = cpu.rounded(count) if few_lengths and count > _FEW else count
+            packed = {"packed": Packed.of(real, length, device)}
+            tokens, positions, wanted = (
+                np.pad(x[real], (0, length - count))[None] for x in (tokens, positions, wanted)
+            )
         chosen = torch.from_numpy(wanted).to(device)
-        places = chosen.flatten().nonzero()[:, 0]
         # A row of logits is as long as the vocabulary: of a quarter million numbers, where only few are looked at.
         hook = self.network.get_output_embeddings().register_forward_pre_hook(
             lambda head, inputs: (inputs[0][chosen][None],)
         )
         try:
             with (
-                last_layer.serving(self.network, places, tokens.size),
+                last_layer.serving(self.network, chosen, few_lengths),
                 self._during(rows, **packed),
                 uncompiled(self.network),
             ):
@@ -222,15 +229,17 @@ class Packed:
     spread: torch.Tensor | None
     """For each place of the rows, its token; padding repeats the one before it. None: there is no padding."""
     back: torch.Tensor | None
-    """For each token, its place."""
+    """For each token, its place; the first of all for those that belong to nobody."""
 
     @classmethod
-    def of(cls, real: np.ndarray, device: Any) -> "Packed":
+    def of(cls, real: np.ndarray, length: int, device: Any) -> "Packed":
+        """`length` tokens, of which the first are those of the rows."""
         flat = real.ravel()
-        if flat.all():
+        if flat.all() and flat.size == length:
             return cls(len(real), None, None)
-        spread = np.maximum(flat.cumsum() - 1, 0)
-        return cls(len(real), torch.from_numpy(spread).to(device), torch.from_numpy(flat.nonzero()[0]).to(device))
+        spread, back = np.maximum(flat.cumsum() - 1, 0), flat.nonzero()[0]
+        back = np.pad(back, (0, length - len(back)))
+        return cls(len(real), torch.from_numpy(spread).to(device), torch.from_numpy(back).to(device))
 
     def laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """1 x heads x tokens x width -> rows x heads x places x width."""

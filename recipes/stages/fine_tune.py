@@ -56,7 +56,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         attention=settings.attention,
         dtype=settings.dtype,
         failed={**tried_out(chosen, usable_gpu()), **failed},
-        trains_large=in_bfloat16(chosen, begun),
+        large=in_bfloat16(chosen, begun),
     )
     say(f"backend {choice.backend}: {choice.reasons['backend']}")
     if choice.device == "cpu" and read_gpu() is not None:

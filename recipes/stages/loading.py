@@ -4,11 +4,11 @@ import hashlib
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fallback.choose import EXACT, Attention, Backend, CannotRun, Choice, choose
+from fallback.choose import Attention, Backend, CannotRun, Choice, choose
 from recipes.stages import adapter, processes
 from recipes.stages.base_model import Chosen, ensure_files, load_tokenizer, model_type
 from recipes.stages.classifier import Known
@@ -110,12 +110,9 @@ def load_to_answer(recipe: Recipe, run: Run, chosen: Chosen, choice: Choice, max
     """`load_trained`, for whoever asks for answers and does not look into layers."""
     from fallback import passes
 
-    if choice.device == "cpu" and settings_of(run).dtype == "auto":
-        # Whatever it was trained in.
-        choice = replace(choice, dtype="float32", reasons={**choice.reasons, "dtype": EXACT})
     model = load_trained(recipe, run, chosen, choice, max_length)
-    fitting = choice.backend == "peft" and choice.dtype == "float32" and passes.fitting(choice.device)
-    if fitting and (why_not := passes.put_together(model.network)):
+    fitting = choice.backend == "peft" and passes.fitting(choice.device)
+    if fitting and (why_not := passes.put_together(model.network, choice.dtype)):
         note(f"answers unpack the weights of every layer for every token; whole matrices are not made: {why_not}")
     return model
 
@@ -154,12 +151,13 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
     attention: Attention = "auto" if recipe.closed else settings.attention
     backend = trained_with if wanted == "auto" else wanted
+    large = chosen.size != "tiny"
     try:
-        choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype)
+        choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype, large=large)
     except CannotRun:
         if wanted != "auto":
             raise
-        choice = choose(kind, "auto", settings.quantization)
+        choice = choose(kind, "auto", settings.quantization, large=large)
     if processes.rank() == 0:
         print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
     return run, chosen, choice, settings.max_length

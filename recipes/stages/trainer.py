@@ -105,9 +105,9 @@ class RecipeTrainer(SFTTrainer):
         return torch.stack(losses).sum()
 
     def _part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        with understood(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) as ready:
+        with understood(self.model, self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()
-            with only_asked_for(self.accelerator.unwrap_model(model), ready["labels"], self.data_collator.few_lengths):
+            with only_asked_for(self.model, ready["labels"], self.data_collator.few_lengths):
                 if not self.own_loss and not self.model_accepts_loss_kwargs:
                     # A head that is not told the count takes its part's mean, which the Trainer divides by this.
                     share = supervised(ready).sum() * self.accelerator.num_processes / num_items_in_batch
