@@ -1,6 +1,6 @@
 """How many answers a second a chat recipe gives: generate() in a loop, as most scripts do it, and what evaluate and
 predict do, taking turns in one process; the loop answers every fourth question only. Both take the likeliest token, so
-that the answers have to be the same.
+that the answers are the same, but where two are as likely as each other to the precision that is computed in.
 """
 
 import importlib
@@ -42,7 +42,7 @@ class Answers:
     backend: Backend = "peft"
     """Backend of training and answering."""
     dtype: Dtype = "auto"
-    """What both are computed in."""
+    """What both are computed in; a trained run says so itself."""
     questions: int = 60
     """Questions that are answered together, as far as the sample has them; a quarter of them one at a time, too."""
     repeats: int = 6

@@ -46,7 +46,7 @@ class Classify:
     backend: Backend = "peft"
     """Backend of training and answering."""
     dtype: Dtype = "auto"
-    """What both are computed in."""
+    """What both are computed in; a trained run says so itself."""
     classes: int = 86
     """Codes of the training file."""
     texts: int = 256

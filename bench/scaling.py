@@ -140,6 +140,8 @@ def worker(path: Path, source: Path, target: Path) -> None:
         # All are there before the clock starts.
         processes.gathered(None)
         loaded = time.perf_counter()
-        predict.to_file(source, target, RECIPE.text_column, names, answer, predict.made_with(run, Scoring()))
+        predict.to_file(
+            source, target, RECIPE.text_column, names, answer, predict.made_with(run, Scoring(), choice.dtype)
+        )
         seconds = time.perf_counter() - loaded
     say(json.dumps({"seconds": seconds, "loading_seconds": loaded - began}))

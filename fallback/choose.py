@@ -32,7 +32,6 @@ SLOWER_WITHOUT_A_GPU: dict[BackendName, str] = {
     "unsloth": "without a GPU it has no kernels of its own, and plain PEFT takes fewer passes over memory"
 }
 """Not what `auto` chooses there: python -m bench train."""
-EXACT = "CPUs compute float32 at full speed, and it is the most exact"
 _MODULES = {"unsloth": "fallback.with_unsloth", "peft+liger": "fallback.peft_liger", "peft": "fallback.plain_peft"}
 
 
@@ -235,7 +234,7 @@ def _dtype(
         if instructions and large:
             return "bfloat16", f"this processor multiplies it by {instructions}"
         # Emulated bfloat16 would be slower, and a tiny model is small products with much beside them.
-        return "float32", EXACT
+        return "float32", "CPUs compute float32 at full speed, and it is the most exact"
     if gpu.bf16:
         return "bfloat16", "in hardware from compute capability 8.0"
     if model_type.startswith("gemma"):

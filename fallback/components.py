@@ -242,5 +242,5 @@ def torch_compile(gpu: Gpu | None) -> Component:
 
 def bf16(gpu: Gpu | None) -> Component:
     if gpu is None and (instructions := cpu.bfloat16()):
-        return Component(True, f"in hardware, by {instructions}; tiny models and answers take float32")
+        return Component(True, f"in hardware, by {instructions}; tiny models take float32")
     return _too_old(gpu, (8, 0), "bfloat16 in hardware needs") or Component(True, "in hardware")

@@ -77,8 +77,9 @@ def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
 
 
 def put_together(network: Any, dtype: str) -> str | None:
-    """For answering: each layer's weights and LoRA as the one matrix that they amount to, rounded once. Unpacking 4
-    bits takes as long for one token as for a thousand, and an answer goes through a layer once for each of its tokens.
+    """For answering: each layer's weights and LoRA as the one matrix that they amount to. Unpacking 4 bits takes as
+    long for one token as for a thousand, and an answer goes through a layer once for each of its tokens. In 16 bits a
+    sum of matrices loses as much of a small change as a sum of what they make of a token.
     Returns why not. That follows from the machine, not from the moment: an interrupted file goes on with the same
     digits, and so do several processes."""
     from peft.tuners.lora import LoraLayer

@@ -22,7 +22,7 @@ from recipes.stages.cli import parse_train
 from recipes.stages.fine_tune import tried_out
 from recipes.stages.recipe import Sampling, Settings
 from recipes.stages.resume import Begun
-from recipes.stages.run import Run
+from recipes.stages.run import Run, write_json
 from recipes.stages.train import sft_arguments
 from recipes.stages.validation import AnswerValidation
 
@@ -367,23 +367,36 @@ def test_a_processor_that_multiplies_bfloat16_trains_in_it(
     assert choose("llama", "peft", gpu=card("T4"), build=CU130, large=True).dtype == "float16"
 
 
+@pytest.mark.parametrize("trained_by", ["peft", "unsloth"])
 @pytest.mark.parametrize(
-    ("size", "named", "answers"),
-    [("small", "auto", "bfloat16"), ("tiny", "auto", "float32"), ("small", "float32", "float32")],
+    ("size", "named", "trained", "has", "answers"),
+    [
+        ("small", "auto", "bfloat16", "avx512_bf16", "bfloat16"),
+        ("full", "auto", "float16", "amx_bf16", "bfloat16"),
+        ("small", "auto", "bfloat16", None, "float32"),
+        ("tiny", "auto", "bfloat16", "avx512_bf16", "float32"),
+        # On another machine, or under FSDP.
+        ("small", "auto", "float32", "avx512_bf16", "float32"),
+        ("small", "float32", "float32", "avx512_bf16", "float32"),
+    ],
 )
-def test_answers_are_computed_in_what_a_training_would_be(
-    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, size: Any, named: Any, answers: str
-) -> None:
-    processor("avx512_bf16")
+def test_answers_are_rounded_as_the_training_was(
+    processor: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained_by: str,
+    size: Any, named: Any, trained: str, has: str | None, answers: str,
+) -> None:  # fmt: skip
+    processor(has)
+    monkeypatch.setattr(choosing, "read_gpu", lambda: None)
     here = recipe("llama_1b_civil")
-    monkeypatch.setattr(loading, "find_run", lambda *_: Run(Path("nowhere")))
+    write_json(tmp_path / "choice.json", {"backend": trained_by, "dtype": trained})
+    monkeypatch.setattr(loading, "find_run", lambda *_: Run(tmp_path))
     monkeypatch.setattr(loading.adapter, "check", lambda _: None)
     chosen = settle(here, size, "random")
     monkeypatch.setattr(Chosen, "opened", lambda _: chosen)
     monkeypatch.setattr(loading, "settings_of", lambda _: replace(here.settings, dtype=named))
-    monkeypatch.setattr(loading, "backend_of", lambda _: "peft")
+    # Where Unsloth is not to be had any more, another backend answers.
+    monkeypatch.setattr(components, "unsloth", lambda _: components.Component(False, "not here"))
     _, _, choice, _ = loading.open_run(here, None)
-    assert choice.dtype == answers
+    assert (choice.backend, choice.dtype) == ("peft", answers)
 
 
 def test_a_training_goes_on_in_the_precision_it_was_begun_in(monkeypatch: pytest.MonkeyPatch) -> None:

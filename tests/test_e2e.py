@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -243,6 +244,30 @@ def test_predict_a_file_and_with_a_least_confidence(folder: Path) -> None:
     missing = python(folder, *arguments)
     assert missing.returncode == 2
     assert "--file and --out go together" in missing.stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_answers_in_bfloat16_as_in_float32(folder: Path, name: str) -> None:
+    """As a run that was trained in it."""
+    trained, _ = finished(folder, name, "peft")
+    run = folder / f"{name}-bfloat16"
+    if not run.exists():
+        shutil.copytree(trained, run)
+        config, choice = (json.loads((run / file).read_text()) for file in ("training_config.json", "choice.json"))
+        config["settings"]["dtype"] = choice["dtype"] = "bfloat16"
+        (run / "training_config.json").write_text(json.dumps(config))
+        (run / "choice.json").write_text(json.dumps(choice))
+    done = python(folder, f"recipes.{name}", "evaluate", "--run", str(run))
+    assert done.returncode == 0, done.stderr
+    exact, narrow = (json.loads((one / "evaluation_results.json").read_text()) for one in (trained, run))
+    if name == LEARNS:
+        assert narrow["accuracy"] == pytest.approx(exact["accuracy"], abs=0.02)
+        rows = [list(csv.DictReader((one / "predictions.csv").open(encoding="utf-8"))) for one in (trained, run)]
+        apart = [abs(float(a["confidence"]) - float(b["confidence"])) for a, b in zip(*rows, strict=True)]
+        assert 0 < sum(apart) / len(apart) < 0.02
+    else:
+        assert 0 < abs(narrow["validation_perplexity"] / exact["validation_perplexity"] - 1) < 0.05
+        assert narrow["rows"] == exact["rows"]
 
 
 def test_the_example_of_the_readme(folder: Path) -> None:

@@ -313,7 +313,7 @@ def test_a_folder_of_another_recipe_is_refused(merged: Path) -> None:
 
 
 def test_a_broken_export_json_is_one_line(tmp_path: Path) -> None:
-    for content in ("[]", "{}", "{", '{"max_length": 9}', '{"max_length": 9, "base_model": 1}'):
+    for content in ("[]", "{}", "{"):
         (tmp_path / "export.json").write_text(content)
         with pytest.raises(UserError, match=r"export\.json: not "):
             Exported.at(tmp_path)

@@ -337,7 +337,7 @@ def predict_command(recipe: Recipe, given: list[str]) -> None:
             sampling = args.answering if isinstance(args.answering, Sampling) else recipe.sampling
             predict.to_terminal(recipe, answer, questions, sampling.batch_size)
         else:
-            order = predict.made_with(run, args.answering)
+            order = predict.made_with(run, args.answering, choice.dtype)
             rows = predict.to_file(args.file, args.out, args.text_column, names, answer, order)
             say(f"{rows:,} rows -> {args.out}")
 

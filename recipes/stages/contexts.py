@@ -26,8 +26,8 @@ from recipes.stages.folding import attending, attentions
 # Places of a batch's rows, padding among them, whose texts are read in one pass. A CPU is fastest where a layer's
 # outcome stays in its caches; a GPU waits for its many kernels.
 PLACES_AT_ONCE = {"cpu": 4096, "cuda": 8192}
-# So few tokens as the last questions of a file make go through as they are: they have few lengths.
-_FEW = 16
+# So few tokens go through as they are: as many as questions are answered together, whose last tokens these are.
+_FEW = 64
 
 
 class Context:
@@ -112,22 +112,23 @@ class Context:
         device = self.network.device
         ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
         packed: dict[str, Any] = {}
-        few_lengths = device.type == "cpu" and self.network.dtype == torch.bfloat16
+        count = int(real.sum())
+        few_lengths = device.type == "cpu" and self.network.dtype == torch.bfloat16 and count > _FEW
         if self._packs():
-            count = int(real.sum())
-            length = cpu.rounded(count) if few_lengths and count > _FEW else count
+            length = cpu.rounded(count) if few_lengths else count
             packed = {"packed": Packed.of(real, length, device)}
             tokens, positions, wanted = (
                 np.pad(x[real], (0, length - count))[None] for x in (tokens, positions, wanted)
             )
-        chosen = torch.from_numpy(wanted).to(device)
+        asked = torch.from_numpy(wanted).to(device)
+        places = last_layer.places_of(asked, few_lengths)
         # A row of logits is as long as the vocabulary: of a quarter million numbers, where only few are looked at.
         hook = self.network.get_output_embeddings().register_forward_pre_hook(
-            lambda head, inputs: (inputs[0][chosen][None],)
+            lambda head, inputs: (inputs[0].flatten(0, 1)[places][None],)
         )
         try:
             with (
-                last_layer.serving(self.network, chosen, few_lengths),
+                last_layer.serving(self.network, places, tokens.size),
                 self._during(rows, **packed),
                 uncompiled(self.network),
             ):
@@ -141,7 +142,7 @@ class Context:
                 )
         finally:
             hook.remove()
-        return output.logits[0]
+        return output.logits[0, : wanted.sum()]
 
     def _packs(self) -> bool:
         """Unsloth's kernels on a GPU take the place of the attention that would have to know."""

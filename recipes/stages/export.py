@@ -195,7 +195,7 @@ def _write(
     about["parity"]["half_digits_off"] = digits
     about["parity"]["half_digits_allowed"] = _DIGITS_OFF[dtype]
     refuse_other_answers(source, about["parity"])
-    about["on_quantised_base"] = _on_quantised(source, prompts, adapter, untrained)
+    about["on_quantised_base"] = _on_quantised(source, prompts, adapter, untrained, dtype)
     write_json(folder / "export.json", about)
     return about
 
@@ -461,14 +461,20 @@ def refuse_other_answers(source: Source, parity: dict[str, Any]) -> None:
         )
 
 
-def _on_quantised(source: Source, prompts: list[list[int]], adapter: Seen, untrained: Seen) -> dict[str, Any] | None:
+def _on_quantised(
+    source: Source, prompts: list[list[int]], adapter: Seen, untrained: Seen, dtype: Precision
+) -> dict[str, Any] | None:
     """The adapter where it was trained, on quantised weights, beside the same adapter on whole ones. They differ, by
     what the quantisation took away and training made up for: no fault of the merge, and worth knowing."""
     if source.asked_quantization == "none":
         return None
     if source.trained.quantization == "none":
         return {"not_measured": source.trained.reasons["quantization"]}
-    model = loading.load_trained(source.recipe, source.run, source.chosen, source.trained, source.max_length)
+    quantised = source.trained
+    if quantised.device == "cpu":
+        # As the merge was computed, or two roundings would be told as one quantisation.
+        quantised = replace(quantised, dtype=dtype)
+    model = loading.load_trained(source.recipe, source.run, source.chosen, quantised, source.max_length)
     found = agreement(adapter, untrained, observe(model, prompts), observe(model, prompts, adapter.answers), "float32")
     del model
     free_memory()

@@ -26,8 +26,7 @@ class Exported:
         if path is None or record is None or not record.is_file():
             return None
         about = read_json(record)
-        said = about if isinstance(about, dict) else {}
-        if not isinstance(said.get("max_length"), int) or not isinstance(said.get("base_model"), dict):
+        if not isinstance(about, dict) or not isinstance(about.get("max_length"), int):
             raise UserError(f"{record}: not what an export writes; export the run again")
         return cls(path, about)
 
@@ -40,8 +39,9 @@ class Exported:
         if self.about.get("recipe") != recipe.name:
             raise UserError(f"{self.path} was exported by {self.about.get('recipe')!r} and not by {recipe.name}")
         config = published_config(Chosen(str(self.path), "full", "pretrained", str(self.path)))
-        large = self.about["base_model"].get("size") != "tiny"
-        choice = choose(str(read_json(config).get("model_type")), wanted, "none", large=large)
+        # Weights of 32 bits are those of a random model, or were asked for: float32 is exact there.
+        narrow = self.about.get("dtype") != "float32"
+        choice = choose(str(read_json(config).get("model_type")), wanted, "none", large=narrow)
         print(f"{self.path}: {self.about.get('notice')}", file=sys.stderr)
         return load_whole(recipe, self.path, choice, self.max_length)
 

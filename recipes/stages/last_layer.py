@@ -36,17 +36,17 @@ def only_asked_for(network: Any, labels: torch.Tensor, few_lengths: bool = False
         return
     asked = labels.new_zeros(labels.shape, dtype=torch.bool)
     asked[:, :-1] = labels[:, 1:] != IGNORED
-    with cut(found, _places(asked, few_lengths), asked.numel()):
+    with cut(found, places_of(asked, few_lengths), asked.numel()):
         yield
 
 
-def serving(network: Any, asked: torch.Tensor, few_lengths: bool = False) -> AbstractContextManager[None]:
-    """The tokens that are asked for; with `few_lengths`, some more."""
-    places = _places(asked, few_lengths)
-    return cut(parts(network) if _pays(places, asked.numel()) else [], places, asked.numel())
+def serving(network: Any, places: torch.Tensor, tokens: int) -> AbstractContextManager[None]:
+    """As many places as are asked for, among so many tokens."""
+    return cut(parts(network) if _pays(places, tokens) else [], places, tokens)
 
 
-def _places(asked: torch.Tensor, few_lengths: bool) -> torch.Tensor:
+def places_of(asked: torch.Tensor, few_lengths: bool) -> torch.Tensor:
+    """Of the tokens that are asked for; with `few_lengths`, of some more behind them."""
     asked = asked.flatten()
     places = asked.nonzero()[:, 0]
     if few_lengths:

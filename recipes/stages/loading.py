@@ -15,7 +15,7 @@ from recipes.stages.classifier import Known
 from recipes.stages.console import note
 from recipes.stages.recipe import Recipe, Settings, UserError
 from recipes.stages.render import Renderer
-from recipes.stages.resume import backend_of, settings_of
+from recipes.stages.resume import backend_of, settings_of, trained_in
 from recipes.stages.run import Run, find_run, replacing_folder
 
 
@@ -151,7 +151,8 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
     attention: Attention = "auto" if recipe.closed else settings.attention
     backend = trained_with if wanted == "auto" else wanted
-    large = chosen.size != "tiny"
+    # Answers are rounded as the training was: a bank's confidence was fitted to what came out then.
+    large = chosen.size != "tiny" and trained_in(run) != "float32"
     try:
         choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype, large=large)
     except CannotRun:

@@ -180,8 +180,8 @@ def _finished(part: Path, about: Path, order: dict[str, Any]) -> tuple[int, int]
     return done
 
 
-def made_with(run: Run, answering: Sampling | Scoring) -> dict[str, Any]:
+def made_with(run: Run, answering: Sampling | Scoring, dtype: str) -> dict[str, Any]:
     """What answers depend on, to tell whether an unfinished file can be continued."""
     settings = {"min_confidence": answering.min_confidence} if isinstance(answering, Scoring) else asdict(answering)
     weights = (run.adapter / "adapter_model.safetensors").stat()
-    return {"run": _mark(run.path), "adapter": weights.st_mtime_ns, **settings}
+    return {"run": _mark(run.path), "adapter": weights.st_mtime_ns, "dtype": dtype, **settings}

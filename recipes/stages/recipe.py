@@ -68,7 +68,7 @@ class Settings:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """How attention is computed; auto takes torch's fused one where the model allows it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What is computed in; auto takes what the hardware does well and the model stands."""
+    """What is computed in, answers of the run too; auto takes what the hardware does well and the model stands."""
     lora_rank: int = 16
     """Rank of the LoRA matrices."""
     lora_alpha: int = 32

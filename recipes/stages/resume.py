@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fallback.choose import BACKENDS, Backend, BackendName, Choice
+from fallback.choose import BACKENDS, Backend, BackendName, Choice, Dtype
 from recipes.stages import crash
 from recipes.stages import run as runs
 from recipes.stages.base_model import Chosen
@@ -110,12 +111,21 @@ def settings_of(run: Run) -> Settings:
 
 
 def backend_of(run: Run) -> BackendName:
+    return _decided(run, "backend", BACKENDS)
+
+
+def trained_in(run: Run) -> str:
+    """Its precision."""
+    return _decided(run, "dtype", get_args(Dtype))
+
+
+def _decided(run: Run, what: str, known: Sequence[str]) -> Any:
     path = run.path / "choice.json"
     stored = read_json(path)
-    backend = stored.get("backend") if isinstance(stored, dict) else None
-    if backend not in BACKENDS:
-        raise BrokenFile(f"{path}: {NOT_OURS} (no backend is called {str(backend)[:40]!r})")
-    return backend
+    found = stored.get(what) if isinstance(stored, dict) else None
+    if found not in known:
+        raise BrokenFile(f"{path}: {NOT_OURS} (no {what} is called {str(found)[:40]!r})")
+    return found
 
 
 def data_digest(run: Run) -> str:

@@ -59,8 +59,7 @@ def keeping_classes(items: Sequence[Example], rows: int, seed: int) -> list[Exam
 
 @dataclass
 class ClassValidation:
-    """Answers a part of the validation split as evaluate will answer the test split, but in the training's precision,
-    and calibrates on it."""
+    """Answers a part of the validation split as evaluate will answer the test split, and calibrates on it."""
 
     model: "Model"
     items: Sequence[Example]
