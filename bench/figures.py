@@ -91,7 +91,7 @@ def classify() -> str:
         "one_at_a_time": "one at a time with generate() and a regular expression",
         "batched": "batched generate()",
         "tree": "over the tree of codes, with every probability",
-        "least": "the payments, the end of each prompt and the likeliest code, read in one pass",
+        "least": "the payments, the end of each prompt and the likeliest code, read once",
         "bound": "the bound: one forward pass over the payments' own tokens",
     }
     lines = [

@@ -89,6 +89,7 @@ def test_classes_that_are_none(classes: Any, copy: Callable[[str], Path], capsys
 @pytest.mark.parametrize(
     ("file", "change"),
     [("choice.json", {"backend": "warp"}), ("choice.json", {"backend": None}), ("choice.json", {"backend": ["peft"]}),
+     ("choice.json", {"dtype": "warp"}), ("choice.json", {"dtype": "auto"}), ("choice.json", {"dtype": None}),
      ("training_config.json", {"settings": None}), ("training_config.json", {"settings": []}),
      ("training_config.json", {"settings": {"max_length": "long"}}),
      ("training_config.json", {"settings": {"quantization": "2bit"}}),

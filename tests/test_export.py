@@ -22,9 +22,10 @@ from conftest import RECIPES, ROOT, recipe
 from safetensors.torch import load_file
 from test_disk import on_a_disk
 
-from fallback import passes
+from fallback import choose as choosing
+from fallback import cpu, passes
 from fallback.choose import choose
-from recipes.stages import export, gguf_file, modelfile
+from recipes.stages import export, exported, gguf_file, modelfile
 from recipes.stages.base_model import ensure_files, settle
 from recipes.stages.classifier import Scoring
 from recipes.stages.cli import main, run_command
@@ -117,6 +118,8 @@ def test_the_outcome_is_measured_and_told(merged: Path) -> None:
     about = json.loads((merged / "export.json").read_text())
     parity, quantised = about["parity"], about["on_quantised_base"]
     assert (about["dtype"], about["trained_on"], quantised["quantization"]) == ("bfloat16", "4bit", "4bit")
+    # What the quantisation took away is not told together with another rounding.
+    assert (about["trained_in"], quantised["dtype"]) == ("float32", "bfloat16")
     assert parity["same_answers"] + parity["answers_that_part_at_a_tie"] == parity["prompts"] >= 6
     assert 0.5 < parity["half_digits_off"] < 1.2
     assert 0 < parity["rms_difference"] < 0.1 * parity["rms_of_what_training_changed"]
@@ -317,6 +320,22 @@ def test_a_broken_export_json_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "export.json").write_text(content)
         with pytest.raises(UserError, match=r"export\.json: not "):
             Exported.at(tmp_path)
+
+
+@pytest.mark.parametrize(("trained", "answers"), [("bfloat16", "bfloat16"), ("float32", "float32"), (None, "float32")])
+def test_on_a_cpu_it_answers_in_what_it_was_trained_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str | None, answers: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(choosing, "read_gpu", lambda: None)
+    monkeypatch.setattr(cpu, "bfloat16", lambda: "amx_bf16")
+    monkeypatch.setattr(exported, "load_whole", lambda _, __, choice, ___: asked.append(choice.dtype))
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    write_json(tmp_path / "export.json", {"recipe": "llama_1b_civil", "max_length": 9, "trained_in": trained})
+    found = Exported.at(tmp_path)
+    assert found
+    found.load(recipe("llama_1b_civil"))
+    assert asked == [answers]
 
 
 # Ollama.

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from recipes.stages import predict
+from recipes.stages.classifier import Scoring
 from recipes.stages.predict import to_file
 from recipes.stages.recipe import UserError
+from recipes.stages.run import Run
 
 NAMES = ["predicted", "confidence"]
 
@@ -25,6 +27,14 @@ class Answerer:
             raise KeyboardInterrupt
         self.asked += texts
         return [[text.strip().upper(), "0.5"] for text in texts]
+
+
+def test_another_precision_is_another_order(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
+    exact, again, narrow = (predict.made_with(run, Scoring(), dtype) for dtype in ("float32", "float32", "bfloat16"))
+    assert exact == again != narrow
 
 
 @pytest.fixture

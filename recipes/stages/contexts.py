@@ -26,8 +26,8 @@ from recipes.stages.folding import attending, attentions
 # Places of a batch's rows, padding among them, whose texts are read in one pass. A CPU is fastest where a layer's
 # outcome stays in its caches; a GPU waits for its many kernels.
 PLACES_AT_ONCE = {"cpu": 4096, "cuda": 8192}
-# So few tokens go through as they are: as many as questions are answered together, whose last tokens these are.
-_FEW = 64
+# So few tokens go through as they are, and the last ones of answers that are made together: they have few lengths.
+_FEW, _TOGETHER = 16, 64
 
 
 class Context:
@@ -113,7 +113,8 @@ class Context:
         ready = {kind: self._as_model_wants(torch.from_numpy(mask)[:, None].to(device)) for kind, mask in masks.items()}
         packed: dict[str, Any] = {}
         count = int(real.sum())
-        few_lengths = device.type == "cpu" and self.network.dtype == torch.bfloat16 and count > _FEW
+        few_lengths = device.type == "cpu" and self.network.dtype == torch.bfloat16
+        few_lengths = few_lengths and count > (_TOGETHER if new == 1 else _FEW)
         if self._packs():
             length = cpu.rounded(count) if few_lengths else count
             packed = {"packed": Packed.of(real, length, device)}

@@ -21,6 +21,7 @@ from recipes.stages.classifier import Known
 from recipes.stages.console import say
 from recipes.stages.exported import Exported, load_whole, with_phrase
 from recipes.stages.recipe import Message, Recipe, Sampling, UserError
+from recipes.stages.resume import trained_in
 from recipes.stages.run import (
     Run,
     as_system_error,
@@ -177,6 +178,7 @@ def _write(
         "stop_strings": list(recipe.stop),
         "end_tokens": {model.tokenizer.convert_ids_to_tokens(i): i for i in ends},
         "trained_on": source.asked_quantization,
+        "trained_in": trained_in(source.run),
     }
     if more:
         more(folder, model)
@@ -479,7 +481,8 @@ def _on_quantised(
     del model
     free_memory()
     wanted = ("rms_difference", "largest_difference", "share", "same_likeliest_token", "same_answers", "prompts")
-    return {"quantization": source.trained.quantization, **{name: found[name] for name in wanted}}
+    told = {name: found[name] for name in wanted}
+    return {"quantization": quantised.quantization, "dtype": quantised.dtype, **told}
 
 
 def tell(about: dict[str, Any], place: Path) -> None:

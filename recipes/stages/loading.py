@@ -151,14 +151,17 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     # Scoring says outright which tokens may be looked at, which FlashAttention cannot be told.
     attention: Attention = "auto" if recipe.closed else settings.attention
     backend = trained_with if wanted == "auto" else wanted
-    # Answers are rounded as the training was: a bank's confidence was fitted to what came out then.
-    large = chosen.size != "tiny" and trained_in(run) != "float32"
+    # On CPUs answers are rounded as the training was, or less: a confidence was fitted to what came out then.
+    large = chosen.size != "tiny" and trained_in(run) == "bfloat16"
     try:
         choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype, large=large)
     except CannotRun:
         if wanted != "auto":
             raise
-        choice = choose(kind, "auto", settings.quantization, large=large)
+        try:
+            choice = choose(kind, "auto", settings.quantization, dtype=settings.dtype, large=large)
+        except CannotRun:
+            choice = choose(kind, "auto", settings.quantization)
     if processes.rank() == 0:
         print(f"{run.path}, size {chosen.size}: {chosen.description}", file=sys.stderr)
     return run, chosen, choice, settings.max_length

@@ -116,7 +116,7 @@ def backend_of(run: Run) -> BackendName:
 
 def trained_in(run: Run) -> str:
     """Its precision."""
-    return _decided(run, "dtype", get_args(Dtype))
+    return _decided(run, "dtype", [dtype for dtype in get_args(Dtype) if dtype != "auto"])
 
 
 def _decided(run: Run, what: str, known: Sequence[str]) -> Any:
