@@ -144,7 +144,7 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     run = find_run(recipe, path, lambda run: run.trained, remedy)
     adapter.check(run)
     chosen = Chosen.opened(run.config)
-    settings, trained_with = settings_of(run), backend_of(run)
+    settings, trained_with, rounded = settings_of(run), backend_of(run), trained_in(run)
     if recipe.closed:
         Known.of(run)
     kind = model_type(recipe, chosen)
@@ -152,7 +152,7 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     attention: Attention = "auto" if recipe.closed else settings.attention
     backend = trained_with if wanted == "auto" else wanted
     # On CPUs answers are rounded as the training was, or less: a confidence was fitted to what came out then.
-    large = chosen.size != "tiny" and trained_in(run) == "bfloat16"
+    large = chosen.size != "tiny" and rounded == "bfloat16"
     try:
         choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype, large=large)
     except CannotRun:
