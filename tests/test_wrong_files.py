@@ -85,7 +85,10 @@ def test_a_run_whose_files_are_broken(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_bytes(b"{}")
     base = {"name": "x", "size": "tiny", "weights": "random", "source": "x"}
-    whole = {"training_config.json": {"base_model": base, "settings": {}}, "choice.json": {"backend": "peft"}}
+    whole = {
+        "training_config.json": {"base_model": base, "settings": {}},
+        "choice.json": {"backend": "peft", "dtype": "float32"},
+    }
     for broken in whole:
         for name, value in whole.items():
             write_json(tmp_path / "run" / name, value)
