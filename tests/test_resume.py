@@ -156,13 +156,11 @@ def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(stopped: tuple[Path, i
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_asks_is_heard_and_a_second_time_at_once(
-    number: signal.Signals,
-) -> None:
+def test_who_asks_is_heard_and_a_second_time_at_once(number: signal.Signals) -> None:
     from recipes.stages.callbacks import Safekeeping
 
     if signal.getsignal(number) is signal.SIG_IGN:
-        # A shell has it ignored in what it runs in the background, and who is not to be asked is not.
+        # A shell has SIGINT ignored in what it runs in the background, and Safekeeping leaves that as it is.
         signal.signal(number, signal.default_int_handler)
     safe, before = Safekeeping(minutes=10, bad_steps=3), signal.getsignal(number)
     control = SimpleNamespace(should_training_stop=False, should_save=False)

@@ -115,7 +115,7 @@ def backend_of(run: Run) -> BackendName:
 
 
 def trained_in(run: Run) -> str:
-    """Its precision."""
+    """The precision, which may be another than would be chosen on this machine."""
     return _decided(run, "dtype", [dtype for dtype in get_args(Dtype) if dtype != "auto"])
 
 
