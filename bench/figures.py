@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import tyro
@@ -206,7 +207,7 @@ def trained(*files: str) -> str:
     """How many times as fast ours is as each of the others, a row for each recipe, and how they were measured."""
     found = [read_json(RESULTS / file) for file in files]
     measured = [(name, of["arms"]) for one in found for name, of in one["recipes"].items()]
-    others = list(dict.fromkeys(arm for _, arms in measured for arm in arms if arm != train.OURS))
+    others = list(dict.fromkeys(arm for _, arms in measured for arm in arms if arm not in (train.OURS, train.COMPILED)))
     lines = []
     for name, arms in measured:
         ours, trl = arms[train.OURS], arms["trl"]
@@ -225,14 +226,32 @@ def trained(*files: str) -> str:
     return "\n\n".join(made)
 
 
+def compiled() -> str:
+    """How many times as fast ours is with its layers compiled, and what that takes."""
+    found = read_json(RESULTS / "train_bfloat16.json")["recipes"]
+    arms = {name: of["arms"][train.COMPILED] for name, of in found.items()}
+    others = list(dict.fromkeys(other for arm in arms.values() for other in arm["this_to"]))
+    lines = []
+    for name, arm in arms.items():
+        once, *again = (told["seconds"] for told in arm["compiled"])
+        ratios = [_ratio(arm["this_to"][other]) for other in others]
+        memory = f"x {1 / arm['memory_of_ours_to_this']['value']:.2f}"
+        lines.append([name, *ratios, memory, f"{once:.0f} s", f"{median(again):.0f} s"])
+    header = ["recipe", *(f"to {arm}" for arm in others), "memory, to ours", "compiled the first time", "later"]
+    return report.markdown(header, lines)
+
+
+def _ratio(ratio: dict[str, Any]) -> str:
+    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"x {ratio['value']:.2f}{interval}"
+
+
 def _faster(arm: dict[str, Any] | None) -> str:
     if arm is None:
         return ""
     if arm["status"] != "measured":
         return f"{arm['status']}: {arm['reason']}"
-    ratio = arm["ours_to_this"]
-    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"x {ratio['value']:.2f}{interval}{', other losses' * (arm['same_training'] is False)}"
+    return f"{_ratio(arm['ours_to_this'])}{', other losses' * (arm['same_training'] is False)}"
 
 
 def on_a_gpu() -> str:
@@ -261,7 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "balance": balance, "classify": classify, "answers": answers, "prepare": prepare, "recipes": recipes,
     "compare": compare, "trust": trust, "soak": soaked,
     "gpu": on_a_gpu, "train": partial(trained, "train_bfloat16.json"),
-    "float32": partial(trained, "train.json", "train_civil.json", "train_chat.json"),
+    "compiled": compiled, "float32": partial(trained, "train.json", "train_civil.json", "train_chat.json"),
     "dropout": partial(trained, "train_dropout.json"),
 }  # fmt: skip
 

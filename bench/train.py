@@ -24,7 +24,7 @@ from bench.case import Case
 from bench.compare import checked
 from bench.launch import TurnBy, are_by_step, make_ready, rows_of
 from bench.recipes import NAMES
-from bench.report import deliver, markdown
+from bench.report import deliver, markdown, said
 from bench.statistics import TOLERANCES, paired_ratio, ratio_of
 from fallback.choose import Backend, BackendName, Dtype
 from fallback.torch_build import usable_gpu
@@ -35,15 +35,19 @@ from recipes.stages.run import environment
 
 OURS = "ours"
 AGAIN = "ours-again"
+COMPILED = "ours-compiled"
+OWN = (OURS, AGAIN, COMPILED)
 RIVALS: dict[str, BackendName | None] = {
     "trl": "peft",
     "trl-everything": "peft",
     "unsloth": "unsloth",
     "unsloth-compiled": "unsloth",
     AGAIN: None,
+    COMPILED: None,
 }
 """Arm -> what loads its model. TRL takes the loss on the answers, or on everything as it does unless told otherwise.
-Ours beside itself shows what a comparison here cannot tell apart."""
+Ours beside itself shows what a comparison here cannot tell apart; compiled it is `train --compile`, whose first step is
+told with the compiling in it."""
 # Nothing that is drawn at random, and nothing that only our settings know.
 LIKE_WITH_LIKE = (
     "--neftune-alpha", "0", "--warmup-ratio", "0", "--weight-decay", "0", "--early-stopping",
@@ -57,7 +61,7 @@ class Train:
 
     recipes: str = "gemma3_12b_opercode,llama_1b_civil"
     """Which, with commas between them."""
-    arms: str = ",".join(arm for arm in RIVALS if arm != AGAIN)
+    arms: str = ",".join(arm for arm in RIVALS if arm not in OWN)
     """What to compare with, with commas between them."""
     backend: Backend = "auto"
     """Of ours."""
@@ -145,11 +149,13 @@ def case(args: Train, name: str, arm: str, repeat: int) -> Case:
     for flag, value in (("--batch-size", args.batch_size), ("--accumulation", args.accumulation)):
         if value is not None:
             flags += [flag, str(value)]
+    if arm == COMPILED:
+        flags += ["--compile"]
     return Case(name, arm, backend, repeat, tuple(flags), ("train",), args.warmup)  # type: ignore[arg-type]
 
 
 def worker(case: Case) -> str:
-    return "bench.worker" if case.arm in (OURS, AGAIN) else "bench.rivals"
+    return "bench.worker" if case.arm in OWN else "bench.rivals"
 
 
 def brief(row: dict[str, Any]) -> str:
@@ -209,8 +215,17 @@ def compared(
             )
             same = arms[arm]["same_rows"] and (dropout or arms[arm]["losses_apart"] <= TOLERANCES[dtype])
             arms[arm]["same_training"] = None if dropout and same else same
+    if compiled := runs.get(COMPILED):
+        arms[COMPILED]["compiled"] = [row["compiled"] for row in compiled.values()]
+        arms[COMPILED]["this_to"] = {}
+        for arm in (OURS, *(arm for arm in rivals if arm not in OWN)):
+            pairs = [
+                (of["train"]["steps"], runs[arm][k]["train"]["steps"]) for k, of in compiled.items() if k in runs[arm]
+            ]
+            if pairs:
+                arms[COMPILED]["this_to"][arm] = asdict(ratio_of([speed(*pair, warmup) for pair in pairs]))
     ratios = {arm: arms[arm]["ours_to_this"]["value"] for arm in rivals if "ours_to_this" in arms[arm]}
-    fair = (arm for arm in ratios if arm != AGAIN and arms[arm]["same_training"] is not False)
+    fair = (arm for arm in ratios if arm not in OWN and arms[arm]["same_training"] is not False)
     best = min(fair, key=lambda arm: ratios[arm], default=None)
     return {
         "dtype": dtype,
@@ -249,6 +264,8 @@ def table(found: dict[str, Any]) -> str:
             f"Ours computes at {ours['mfu']:.0%} of the {ours['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s at which "
             "this machine multiplies large matrices."
         )
+    for arm, ratio in found["arms"].get(COMPILED, {}).get("this_to", {}).items():
+        told.append(f"{COMPILED} to {arm}: {said(ratio)}.")
     if found["best_other"]:
         told.append(f"The fastest other is {found['best_other']}: ours is x {found['ratio_to_best_other']:.2f}.")
     return "\n\n".join([made, *told])

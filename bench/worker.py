@@ -61,6 +61,8 @@ def measure(case: Case, recipe: Recipe, folder: Path, turns: Turns) -> dict[str,
     # What a folded batch spared was not computed.
     found["train"] = training(case, meter, run, trained["computed_tokens"] / trained["padded_tokens"])
     found["train"]["load_seconds"] = trained["load_seconds"]
+    if settings.compile:
+        found["compiled"] = trained["compiled"]
     peak = matmul_flops_per_second(choice.dtype, choice.device)
     found["train"]["matmul_flops_per_second"] = peak
     found["train"]["mfu"] = found["train"]["flops_per_step"] / found["train"]["step_seconds_median"] / peak

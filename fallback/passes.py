@@ -63,7 +63,7 @@ def _is_plain(module: Any) -> bool:
 
 def lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     usual = len(self.lora_A) == 1 and self.active_adapters == list(self.lora_A)
-    if not usual or self.disable_adapters or self.merged or args or kwargs:
+    if not usual or self.disable_adapters or self.merged or args or kwargs or torch.compiler.is_compiling():
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.lora_A
     share = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
@@ -248,6 +248,8 @@ def _computed_in(x: torch.Tensor, down: torch.Tensor) -> torch.dtype:
 
 
 def norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, x)
     if type(self).__name__.startswith("Gemma"):
         # Gemma's weights are what is added to one, and multiply before the outcome is rounded.
         return _Norm.apply(x, 1.0 + self.weight.float(), self.eps)

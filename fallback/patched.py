@@ -18,6 +18,8 @@ def patched(network: Any, trainer: Any = None) -> dict[str, int]:
     code runs."""
     found: Counter[str] = Counter()
     for module in network.modules():
+        if _is_compiled(module):
+            found[f"{type(module).__name__}: torch.compile"] += 1
         forward = getattr(module.forward, "__func__", module.forward)
         for owner in (forward, type(module)):
             if _foreign(owner):
@@ -53,11 +55,11 @@ def loaded_patchers() -> list[str]:
 
 @contextmanager
 def uncompiled(network: Any) -> Iterator[None]:
-    """For passes without gradients. Unsloth compiles layers and parts of them, on a GPU unasked, and anew for what
-    differs from before: a cache, a mask of another kind, one row more. In training that settles after a few steps.
-    Answers differ from each other in all of it, and an evaluation that takes seconds waited for the compiler for more
-    than a minute."""
-    if "unsloth" not in loaded_patchers():
+    """For passes without gradients. Unsloth compiles layers and parts of them, on a GPU unasked, and `compiled` does
+    where it is asked to; anew for what differs from before: a cache, a mask of another kind, one row more. In training
+    that settles after a few steps. Answers differ from each other in all of it, and an evaluation that takes seconds
+    waited for the compiler for more than a minute."""
+    if "unsloth" not in loaded_patchers() and not any(map(_is_compiled, network.modules())):
         # Nothing is compiled, and asking would load the compiler.
         yield
         return
@@ -79,6 +81,10 @@ def uncompiled(network: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_compiled(module: Any) -> bool:
+    return module._compiled_call_impl is not None
 
 
 def _foreign(value: Any) -> bool:

@@ -1,6 +1,8 @@
-"""Unsloth compiles layers, on a CPU where it is told to. Answers, each of another shape, are not to wait for that."""
+"""Layers are compiled by Unsloth, on a CPU where it is told to, and for plain PEFT where that is asked for. Answers,
+each of another shape, are not to wait for that."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,21 +10,22 @@ from typing import Any
 import pytest
 from conftest import found_under, need, ready_to_compare, recipe
 
+from fallback import compiled
 from fallback.components import torch_compile
 from fallback.torch_build import usable_gpu
 
 NAMES = ("gemma3_12b_opercode", "llama_1b_civil")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    need("unsloth", NAMES[0])
+@pytest.fixture(scope="module", params=["unsloth", "peft"])
+def found(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    need(request.param, NAMES[0])
     if obstacle := torch_compile(usable_gpu()).obstacle:
         pytest.skip(f"nothing can be compiled here: {obstacle}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNSLOTH_CPU_COMPILE", "1")
         patch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path_factory.mktemp("compiled")))
-        return found_under("unsloth", __file__)
+        return found_under(request.param, __file__)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,9 +42,9 @@ def test_answers_are_not(found: dict[str, dict[str, Any]], name: str) -> None:
     assert found[name]["stances"] == ["force_eager", "default"]
 
 
-def compiled_frames(name: str) -> dict[str, Any]:
+def compiled_frames(name: str, backend: str) -> dict[str, Any]:
     """What was compiled in a training step, and then by each way of looking at answers."""
-    model = ready_to_compare(name, "unsloth", "none")
+    model = ready_to_compare(name, backend, "none")
     import torch
     from torch._dynamo import eval_frame
     from torch._dynamo.utils import counters
@@ -52,6 +55,8 @@ def compiled_frames(name: str) -> dict[str, Any]:
     from recipes.stages.recipe import Example, Message
     from recipes.stages.scoring import Codes, score
 
+    if backend == "peft":
+        compiled.teach(model.network)
     here = recipe(name)
     asked = [here.ask(text) for text, _ in payments(3, 2, seed=0)]
     items = [Example((*prompt, Message("assistant", "10101"))) for prompt in asked]
@@ -89,4 +94,4 @@ def compiled_frames(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compiled_frames(name) for name in NAMES}))
+    print(json.dumps({name: compiled_frames(name, sys.argv[1]) for name in NAMES}))

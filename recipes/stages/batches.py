@@ -6,6 +6,7 @@ once: its loss is a sum, divided by what the whole step holds.
 Import this after a backend has loaded its libraries.
 """
 
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from recipes.stages.callbacks import Watch
-from recipes.stages.folding import by_example, folded
+from recipes.stages.folding import LEAST_SAVED, by_example, folded
 from recipes.stages.processes import Team
 from recipes.stages.recipe import Settings
 from recipes.stages.render import IGNORED
@@ -105,7 +106,7 @@ class Batches:
 
     def __init__(
         self, pad_token_id: int, token_types: bool = False, watch: Watch | None = None,
-        fold: bool = False, few_lengths: bool = False,
+        fold: bool = False, few_lengths: bool = False, always: bool = False,
     ):  # fmt: skip
         self.pad_token_id = pad_token_id
         # Gemma 3 with its vision tower will not train without being told that no token is an image.
@@ -114,6 +115,8 @@ class Batches:
         self.fold = fold
         """Put each batch into one row."""
         self.few_lengths = few_lengths
+        self.least_saved = -math.inf if always else LEAST_SAVED
+        """Where it spares so much."""
         self.padded_tokens = self.computed_tokens = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -135,7 +138,7 @@ class Batches:
             batch["class"] = torch.tensor([example["class"] for example in examples])
         if self.watch:
             self.watch.batch(batch)
-        laid_out = folded(batch, self.few_lengths) if self.fold else batch
+        laid_out = folded(batch, self.few_lengths, self.least_saved) if self.fold else batch
         self.padded_tokens += batch["input_ids"].numel()
         self.computed_tokens += laid_out["input_ids"].numel()
         return laid_out

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fallback import leave_out
+from fallback import compiled, leave_out
 from fallback.choose import BACKENDS, CannotRun, Choice, choose
 from fallback.gpu import Gpu, read_gpu
 from fallback.torch_build import usable_gpu
@@ -67,6 +67,10 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         )
     if args.resume and args.source is not None:
         raise UserError("--resume: the data are those of the run; leave --source away")
+    if settings.compile:
+        if obstacle := compiled.obstacle(choice):
+            raise UserError(f"--compile: {obstacle}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.CACHE))
     choice.module()
     processes.join(choice.device)
     agreed(choice)

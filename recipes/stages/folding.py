@@ -40,11 +40,11 @@ class Fold:
     """For each token of the row, its place in the padded batch; a shared one's is in the first example."""
     example: torch.Tensor
     """For each token of the row, whose it is."""
-    real: int
-    """Tokens of the examples; what follows them in the row belongs to nobody."""
+    nobodys: torch.Tensor
+    """Which tokens of the row belong to nobody, and only fill it up."""
 
     def to(self, device: torch.device) -> "Fold":
-        moved = {name: getattr(self, name).to(device) for name in ("spread", "back", "example")}
+        moved = {name: getattr(self, name).to(device) for name in ("spread", "back", "example", "nobodys")}
         return replace(self, **moved)
 
 
@@ -57,8 +57,8 @@ def obstacle(choice: Choice) -> str | None:
     return None
 
 
-def folded(batch: dict[str, Any], few_lengths: bool = False) -> dict[str, Any]:
-    """A padded batch as one row, where that saves enough; the same batch where not. With
+def folded(batch: dict[str, Any], few_lengths: bool = False, least_saved: float = LEAST_SAVED) -> dict[str, Any]:
+    """A padded batch as one row, where that saves such a share of its tokens; the same batch where not. With
     `few_lengths` it is filled up to a length that comes again, by tokens that belong to nobody."""
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     rows, width = ids.shape
@@ -66,7 +66,7 @@ def folded(batch: dict[str, Any], few_lengths: bool = False) -> dict[str, Any]:
     lengths = mask.sum(1)
     tokens = shared + int((lengths - shared).sum())
     length = cpu.rounded(tokens) if few_lengths else tokens
-    if shared == 0 or length > (1 - LEAST_SAVED) * rows * width:
+    if shared == 0 or length > (1 - least_saved) * rows * width:
         return batch
     kept = mask.bool()
     kept[1:, :shared] = False
@@ -77,14 +77,14 @@ def folded(batch: dict[str, Any], few_lengths: bool = False) -> dict[str, Any]:
     columns = torch.minimum(torch.arange(width), lengths[:, None] - 1)
     spread = torch.where(columns < shared, columns, place.view(rows, width).gather(1, columns))
     # The first place of all, without its loss, as often as it takes.
-    back = functional.pad(back, (0, length - tokens))
+    back, nobodys = functional.pad(back, (0, length - tokens)), torch.arange(length) >= tokens
     found = {name: value for name, value in batch.items() if name != "attention_mask"}
     for name in ("input_ids", "labels", "token_type_ids"):
         if name in batch:
             found[name] = batch[name].flatten()[back][None]
     found["labels"][:, tokens:] = IGNORED
     found["position_ids"] = (back % width)[None]
-    found["fold"] = Fold(shared, rows, width, spread.flatten(), back, back // width, tokens)
+    found["fold"] = Fold(shared, rows, width, spread.flatten(), back, back // width, nobodys)
     return found
 
 
@@ -139,8 +139,8 @@ class _Spread(torch.autograd.Function):
         # No token sees padding, so what comes back from there is nothing.
         own = grad.flatten(0, 1).index_select(0, fold.back)
         own[: fold.shared] = grad[:, : fold.shared].sum(0)
-        own[fold.real :] = 0
-        return own, None
+        # Nor does a token see what belongs to nobody, which stands at the first place of all.
+        return own.masked_fill_(fold.nobodys.view(-1, *[1] * (own.dim() - 1)), 0), None
 
 
 class _Gather(torch.autograd.Function):
@@ -154,9 +154,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         fold = ctx.fold
-        places = grad.new_zeros(fold.rows * fold.width, *grad.shape[1:])
-        places.index_copy_(0, fold.back[: fold.real], grad[: fold.real])
-        return places.unflatten(0, (fold.rows, fold.width)), None
+        places = grad.new_zeros(fold.rows * fold.width + 1, *grad.shape[1:])
+        places.index_copy_(0, fold.back.masked_fill(fold.nobodys, len(places) - 1), grad)
+        return places[:-1].unflatten(0, (fold.rows, fold.width)), None
 
 
 def _attend(

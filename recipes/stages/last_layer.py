@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fallback import cpu
+from fallback.compiled import decoder_layers
 from fallback.patched import loaded_patchers
 from recipes.stages.render import IGNORED
 
@@ -61,9 +62,8 @@ def parts(network: Any) -> list[Any]:
 
 
 def parts_of(network: Any) -> list[Any]:
-    """Of the last layer of a family that is known; what a vision tower sees is not text."""
-    lists = (m for name, m in network.named_modules() if isinstance(m, torch.nn.ModuleList) and "vision" not in name)
-    layers = next(lists, ())
+    """Of the last layer of a family that is known."""
+    layers = decoder_layers(network)
     if not layers or type(layers[-1]).__module__.rpartition(".")[2] not in _KNOWN:
         return []
     named = {name.rpartition(".")[2]: part for name, part in layers[-1].named_modules()}

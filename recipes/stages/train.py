@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from fallback import compiled
 from fallback.choose import Choice
 from fallback.patched import patched
 from recipes.stages import processes
@@ -123,6 +124,7 @@ def train(
     from recipes.stages import folding
     from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
+    from recipes.stages.compiling import Compiling
     from recipes.stages.losses import Objective, draws
     from recipes.stages.tokens import tokens_of
     from recipes.stages.trainer import RecipeTrainer
@@ -181,6 +183,7 @@ def train(
     if isinstance(validation, AnswerValidation):
         kept_lines(validation.log, start)
     losses = [line["loss"] for line in before]
+    first: list[float] = []
     replaced: dict[str, int] = {}
     with (
         progress("training", "steps") as bar,
@@ -199,16 +202,24 @@ def train(
                     "; ".join(f"{name} ({count})" for name, count in replaced.items()) or "nothing, the original code"
                 )
                 bar.console.print(f"patched: {told}", markup=False)
-            each = (time.perf_counter() - loaded) / here
-            if here == min(_FIRST_STEPS, total):
-                bar.console.print(f"by the first {here} steps, training will take about {duration(each * total)}")
+            now = time.perf_counter()
+            if here == 1:
+                # Whoever compiles, does it in here.
+                first.append(now)
+            each = (now - first[0]) / (here - 1) if here > 1 else step["seconds"]
+            left = each * (total - step["step"])
+            if here == min(_FIRST_STEPS, total - start):
+                bar.console.print(
+                    f"by the first {here} steps, training will take about {duration(now - loaded + left)}"
+                    + ("" if settings.compile else compiled.advice(choice, left))
+                )
             bar.update(task, completed=step["step"], total=total)
             if step["step"] % settings.log_every == 0 or step["step"] in (start + 1, total):
                 rate = step["supervised_tokens"] / max(step["seconds"], 1e-9)
                 bar.console.print(
                     f"step {step['step']:>5}/{total}  loss {step['loss']:.4f}  grad {step['grad_norm']:.3f}  "
                     f"lr {step['learning_rate']:.2e}  {rate:,.0f} answer tokens/s  "
-                    f"{each * (total - step['step']):,.0f} s left",
+                    f"{left:,.0f} s left",
                     markup=False,
                 )
 
@@ -227,6 +238,7 @@ def train(
         )
         stop = StopEarly(early, settings.log_every) if early else None
         watched = Watched(watch) if watch else None
+        compiling = Compiling(bar.console.print) if settings.compile else None
         # Whoever looks on measures steps, and no checkpoints. The last callback has the last word on saving.
         safe = Safekeeping(math.inf if watch else settings.checkpoint_minutes, _bad_steps(choice))
         batches = Batches(
@@ -234,6 +246,8 @@ def train(
             model.network.config.model_type == "gemma3",
             watch,
             settings.fold and unfoldable is None,
+            # A batch of another kind would have everything compiled once more.
+            always=settings.compile,
             few_lengths=choice.device == "cpu" and choice.dtype == "bfloat16",
         )
         trainer = RecipeTrainer(
@@ -255,12 +269,12 @@ def train(
             eval_dataset=dataset(read.table[:1]),
             processing_class=model.tokenizer,
             data_collator=batches,
-            callbacks=[record, checks, *([watched] if watched else []), safe, *([stop] if stop else [])],
+            callbacks=[one for one in (record, checks, watched, compiling, safe, stop) if one],
         )
         trainer.supervised_tokens = 0 if team.rank else sum(line["supervised_tokens"] for line in before)
-        record.trainer = trainer
-        if watched:
-            watched.trainer = trainer
+        for one in (record, watched, compiling):
+            if one:
+                one.trainer = trainer
         loaded = time.perf_counter()
         with safe.listening(), closing_logs(trainer):
             trainer.train(str(resume) if resume else None)
@@ -300,6 +314,7 @@ def train(
         "load_seconds": round(loaded - began, 2),
         "train_seconds": round(trainer.seconds_before + trained - loaded, 2),
         "resumed_from_step": start or None,
+        **({"compiled": compiling.found} if compiling else {}),
     }
     measured.update(
         validation_seconds=round(validation.seconds, 2),

@@ -104,6 +104,15 @@ class RecipeTrainer(SFTTrainer):
                     raise TooMuchAtOnce(rows, rows * width) from error
         return torch.stack(losses).sum()
 
+    def rehearse(self, parts: list[dict[str, Any]]) -> None:
+        """A step without consequences."""
+        random, counted = random_state(), (self.supervised_tokens, self.negative_log_likelihood)
+        self.current_gradient_accumulation_steps = 1
+        self.training_step(self.model_wrapped, parts, torch.tensor(1.0))
+        self.model.zero_grad()
+        self.supervised_tokens, self.negative_log_likelihood = counted
+        set_random_state(random)
+
     def _part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         with understood(self.model, self._prepare_inputs(inputs)) as ready:
             self.supervised_tokens += supervised(ready).sum()

@@ -1,0 +1,78 @@
+"""`train --compile`: the layers are compiled before the first step, and the training is told what that is worth to it.
+
+Like trainer.py, to be imported only after a backend has loaded its libraries.
+"""
+
+import copy
+import time
+import traceback
+from collections.abc import Callable
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from transformers import TrainerCallback
+
+from fallback import compiled
+from recipes.stages.console import duration
+from recipes.stages.recipe import UserError
+
+if TYPE_CHECKING:
+    from recipes.stages.trainer import RecipeTrainer
+
+_TURNS = 5
+"""Of a step as it is written beside the same step compiled; fewer where a step takes long."""
+_MOST_SECONDS = 30.0
+
+
+class Compiling(TrainerCallback):
+    def __init__(self, tell: Callable[[str], None]):
+        self.tell = tell
+        self.trainer: RecipeTrainer | None = None
+        self.found: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """By the rows of the first step of all, in a training that goes on too: what is compiled for any length may be
+        chosen by those that it is compiled for."""
+        trainer = self.trainer
+        assert trainer is not None
+        # The trainer's own counts what it puts together, and tells who looks on.
+        collate = copy.copy(trainer.data_collator)
+        collate.watch = None
+        parts = [collate(trainer.train_dataset.__getitems__(part)) for part in next(iter(trainer.steps))]
+
+        def step(stance: Literal["default", "force_eager"]) -> float:
+            with torch.compiler.set_stance(stance):
+                began = time.perf_counter()
+                trainer.rehearse(parts)
+                return time.perf_counter() - began
+
+        trainer.rehearse(parts)
+        self.tell("compiling the layers …")
+        compiled.teach(trainer.model)
+        try:
+            first = step("default")
+        except TorchDynamoException as error:
+            traceback.print_exception(error)
+            # Its last lines are advice on how to debug it.
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile: the compiler failed ({reason}); leave it away") from error
+        turns = [(step("force_eager"), step("default"))]
+        while len(turns) < _TURNS and sum(map(sum, turns)) < _MOST_SECONDS:
+            turns.append((step("force_eager"), step("default")))
+        written, now = (median(times) for times in zip(*turns, strict=True))
+        self.tell(told(first - now, written, now, state.max_steps - state.global_step))
+        self.found = {"seconds": first - now, "step_seconds": now, "step_seconds_as_written": written}
+
+
+def told(cost: float, written: float, now: float, steps: int) -> str:
+    """Whether it pays in so many steps."""
+    told = f"compiled in {duration(cost)}; a step takes {now:.3f} s so, and {written:.3f} s as it is written"
+    if written <= now:
+        return f"{told}: nothing is gained by --compile here"
+    needed = cost / (written - now)
+    if needed > steps:
+        return f"{told}: that would be paid back after {needed:,.0f} steps, and there are {steps:,}"
+    saved = duration((steps - needed) * (written - now))
+    return f"{told}: paid back after {needed:,.0f} of {steps:,} steps, and {saved} saved in all"

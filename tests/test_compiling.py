@@ -1,0 +1,115 @@
+"""train --compile: the same training, told what it is worth, and where it cannot be had."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RECIPES, need
+from test_resume import killed_at, learned, weights
+
+from fallback import compiled
+from fallback.choose import Choice, choose
+from fallback.components import torch_compile
+from recipes.stages.run import read_json
+
+Command = Callable[..., Any]
+TRAIN = ("train", "--backend", "peft", "--size", "tiny", "--max-steps", "6", "--early-stopping", "off")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What is compiled here, and not before."""
+    if obstacle := torch_compile(None).obstacle:
+        pytest.skip(f"nothing can be compiled here: {obstacle}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+# The counsellor's layers are those of the payments.
+@pytest.mark.parametrize("name", sorted({*RECIPES} - {"gemma3_1b_counsel"}))
+def test_it_is_the_same_training(name: str, command: Command, tmp_path: Path) -> None:
+    need("peft", name)
+    more = ("--lora-dropout", "0", *(("--eval-rows", "12") if name == "gemma3_12b_opercode" else ()))
+    runs = {flag: tmp_path / flag for flag in ("--compile", "--no-compile")}
+    for flag, run in runs.items():
+        done = command(f"recipes.{name}", *TRAIN, *more, flag, "--run", str(run))
+        assert done.returncode == 0, done.stderr
+        assert ("compiled in " in done.stdout) == (flag == "--compile")
+        assert bool(re.search(r"patched: .*Layer: torch.compile \(1\)", done.stdout)) == (flag == "--compile")
+    steps = [[loss for loss, *_ in learned(run)] for run in runs.values()]
+    assert steps[0] == pytest.approx(steps[1], rel=2e-4)
+    one, other = (read_json(run / "metrics.json")["train"] for run in runs.values())
+    assert one["compiled"].keys() == {"seconds", "step_seconds", "step_seconds_as_written"}
+    assert "compiled" not in other
+    # Steps that were taken to see how long they take are none of the training's.
+    for name in ("supervised_tokens", "padded_tokens", "forward_passes", "optimizer_steps"):
+        assert one[name] == other[name]
+
+
+def test_resumed_it_is_what_it_would_have_been(command: Command, tmp_path: Path) -> None:
+    begin = ("recipes.llama_1b_civil", *TRAIN, "--compile", "--checkpoint-minutes", "0", "--neftune-alpha", "5")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(*begin, "--lora-dropout", "0.1", "--run", str(whole)).returncode == 0
+    killed_at(
+        command, tmp_path, "recipes.stages.checkpoint:_flush:14", *begin, "--lora-dropout", "0.1", "--run", str(cut)
+    )
+    go_on = ("recipes.llama_1b_civil", "train", "--resume", "--run", str(cut))
+    refused = command(*go_on, "--no-compile")
+    assert refused.returncode == 2
+    assert "compile: True -> False" in refused.stderr
+    done = command(*go_on)
+    assert done.returncode == 0, done.stderr
+    assert learned(cut) == learned(whole)
+    assert weights(cut) == weights(whole)
+
+
+def test_a_compiler_that_fails_is_an_error_of_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CXX", "/bin/false")
+    done = command("recipes.llama_1b_civil", *TRAIN, "--compile", "--run", str(tmp_path / "run"))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: --compile: the compiler failed (")
+    assert last.endswith("leave it away")
+
+
+def choice(**others: Any) -> Choice:
+    return replace(choose("llama", "peft", gpu=None), **others)
+
+
+def test_where_it_cannot_be_had(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert compiled.obstacle(choice()) is None
+    assert "unsloth has kernels of its own" in str(compiled.obstacle(choice(backend="unsloth")))
+    assert "on a GPU nobody has tried it" in str(compiled.obstacle(choice(device="cuda")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several processes" in str(compiled.obstacle(choice()))
+    monkeypatch.delenv("WORLD_SIZE")
+    need("unsloth", "llama_1b_civil")
+    done = command("recipes.llama_1b_civil", "train", "--backend", "unsloth", "--compile", "--run", str(tmp_path / "r"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --compile: unsloth has kernels of its own")
+    assert not (tmp_path / "r").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "it needs a C++ compiler" in str(compiled.obstacle(choice()))
+
+
+def test_a_long_training_is_told_of_it() -> None:
+    assert "--compile" in compiled.advice(choice(), 3600)
+    assert compiled.advice(choice(), 600) == ""
+    assert compiled.advice(choice(device="cuda"), 3600) == ""
+
+
+def test_what_it_is_worth_is_said() -> None:
+    need("peft", "llama_1b_civil")
+    from recipes.stages.compiling import told
+
+    assert told(30, 1.0, 0.9, 1000).endswith("paid back after 300 of 1,000 steps, and 70 s saved in all")
+    assert told(30, 1.0, 0.9, 100).endswith("that would be paid back after 300 steps, and there are 100")
+    assert told(30, 1.0, 1.1, 100).endswith("nothing is gained by --compile here")
