@@ -229,21 +229,16 @@ def trained(*files: str) -> str:
 def compiled() -> str:
     """How many times as fast ours is with its layers compiled, and what that takes."""
     found = read_json(RESULTS / "train_bfloat16.json")["recipes"]
-    arms = {name: of["arms"][train.COMPILED] for name, of in found.items()}
+    arms = {name: arm for name, of in found.items() if "this_to" in (arm := of["arms"].get(train.COMPILED, {}))}
     others = list(dict.fromkeys(other for arm in arms.values() for other in arm["this_to"]))
     lines = []
     for name, arm in arms.items():
         once, *again = (told["seconds"] for told in arm["compiled"])
-        ratios = [_ratio(arm["this_to"][other]) for other in others]
+        ratios = [report.short(arm["this_to"][other]) if other in arm["this_to"] else "" for other in others]
         memory = f"x {1 / arm['memory_of_ours_to_this']['value']:.2f}"
-        lines.append([name, *ratios, memory, f"{once:.0f} s", f"{median(again):.0f} s"])
+        lines.append([name, *ratios, memory, f"{once:.0f} s", f"{median(again):.0f} s" if again else ""])
     header = ["recipe", *(f"to {arm}" for arm in others), "memory, to ours", "compiled the first time", "later"]
     return report.markdown(header, lines)
-
-
-def _ratio(ratio: dict[str, Any]) -> str:
-    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"x {ratio['value']:.2f}{interval}"
 
 
 def _faster(arm: dict[str, Any] | None) -> str:
@@ -251,7 +246,7 @@ def _faster(arm: dict[str, Any] | None) -> str:
         return ""
     if arm["status"] != "measured":
         return f"{arm['status']}: {arm['reason']}"
-    return f"{_ratio(arm['ours_to_this'])}{', other losses' * (arm['same_training'] is False)}"
+    return f"{report.short(arm['ours_to_this'])}{', other losses' * (arm['same_training'] is False)}"
 
 
 def on_a_gpu() -> str:

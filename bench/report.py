@@ -59,6 +59,11 @@ def said(ratio: dict[str, Any] | None) -> str:
     return interval if differs(ratio) else f"{interval}, no difference shown"
 
 
+def short(ratio: dict[str, Any]) -> str:
+    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"x {ratio['value']:.2f}{interval}"
+
+
 def differs(ratio: dict[str, Any]) -> bool:
     return Ratio(*(ratio[name] for name in ("value", "low", "high", "pairs"))).differs
 

@@ -45,7 +45,7 @@ def measure(case: Case, recipe: Recipe, folder: Path, turns: Turns) -> dict[str,
     chosen = settle(recipe, args.size, args.weights, args.model)
     choice = choose(
         model_type(recipe, chosen), args.backend, settings.quantization, settings.optimizer,
-        attention=settings.attention, dtype=settings.dtype, large=chosen.size != "tiny",
+        attention=settings.attention, dtype=settings.dtype, large=chosen.large,
     )  # fmt: skip
     backend = choice.library()
     backend.import_libraries(choice)

@@ -7,6 +7,7 @@ but less within seconds. What is learned is compared too: a faster training that
 
 import importlib
 import math
+import os
 import random
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from bench.case import Case
 from bench.compare import checked
 from bench.launch import TurnBy, are_by_step, make_ready, rows_of
 from bench.recipes import NAMES
-from bench.report import deliver, markdown, said
+from bench.report import deliver, markdown, said, short
 from bench.statistics import TOLERANCES, paired_ratio, ratio_of
 from fallback.choose import Backend, BackendName, Dtype
 from fallback.torch_build import usable_gpu
@@ -105,6 +106,8 @@ def main(arguments: list[str]) -> None:
     by_step = are_by_step(args.turns, usable_gpu() is not None, [args.size], 1 + len(rivals))
     folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
     rows: list[dict[str, Any]] = []
+    # Whoever compiles has to in the first round, whatever this machine has compiled before.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
     try:
         for name in recipes:
             make_ready(name, args.size, "random")
@@ -275,15 +278,19 @@ def _cells(of: dict[str, Any]) -> list[str]:
     if of["status"] != "measured":
         return [f"{of['status']}: {of['reason']}", *[""] * 6]
     ratio = of.get("ours_to_this")
-    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio and ratio["low"] is not None else ""
-    apart = f"{of['losses_apart']:.1%} apart" if ratio and of["same_rows"] else "other rows" if ratio else ""
-    same = {True: "yes", False: f"no, {apart}", None: apart}[of.get("same_training")]
     return [
         f"{of['tokens_per_second']:,.0f}",
         f"{of['supervised_tokens_per_second']:,.0f}",
         f"{of['samples_per_second']:.1f}",
         f"{of['first_step_seconds']:.1f} s",
         f"{(of['peak_allocated_bytes'] or of['peak_resident_bytes']) / 2**20:,.0f} MiB",
-        f"x {ratio['value']:.2f}{interval}" if ratio else "",
-        same,
+        short(ratio) if ratio else "",
+        _same(of) if ratio else "",
     ]
+
+
+def _same(of: dict[str, Any]) -> str:
+    if of["same_training"]:
+        return "yes"
+    apart = f"{of['losses_apart']:.1%} apart" if of["same_rows"] else "other rows"
+    return apart if of["same_training"] is None else f"no, {apart}"

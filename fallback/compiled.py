@@ -6,12 +6,12 @@ LoRA and transformers' own norms (`passes` steps aside): the compiler sees throu
 for ours.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from fallback import components
 from fallback.choose import Choice
+from fallback.patched import LAYERS_COMPILED
 
 CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
 """The compiler's own, which it would keep where a restart of the machine clears up. It looks up the place early."""
@@ -22,12 +22,10 @@ minute to one and a half."""
 
 
 def obstacle(choice: Choice) -> str | None:
-    if choice.backend != "peft":
-        return f"{choice.backend} has kernels of its own; take --backend peft"
     if choice.device == "cuda":
-        return "on a GPU nobody has tried it; there --backend unsloth compiles layers"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return "nobody has tried it with several processes"
+        return "on a GPU nobody has tried it; Unsloth compiles layers there by itself"
+    if choice.backend != "peft":
+        return f"it is for plain PEFT, and this is {choice.backend}; take --backend peft"
     return components.torch_compile(None).obstacle
 
 
@@ -47,7 +45,12 @@ def decoder_layers(network: Any) -> list[Any]:
 
 
 def teach(network: Any) -> None:
-    """A network with LoRA, in place: its layers are compiled as they are first used, once for each kind of them,
-    whatever lengths come, and once more where there is nothing below to hand gradients to."""
+    """A network with LoRA, in place: its layers are compiled as they are first used, for any length, once for each kind
+    of them, once more where there is nothing below to hand gradients to, and where a window is longer than a batch."""
+    import torch
+
+    # That is six, and may be more; beyond it layers would run as they are written, without a word.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    setattr(network, LAYERS_COMPILED, True)
     for layer in decoder_layers(network)[:-1]:
         layer.compile(dynamic=True)

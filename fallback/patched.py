@@ -11,6 +11,8 @@ PATCHERS = ("unsloth", "unsloth_zoo", "unsloth_compiled_cache", "liger_kernel")
 _OWN = ("fallback.passes", "fallback.attention")
 ATTEND = "attend_by"
 """What a module calls the attention that fallback.attention taught it."""
+LAYERS_COMPILED = "layers_are_compiled"
+"""What a network calls it: to look at all its layers takes longer than a pass over one token should."""
 
 
 def patched(network: Any, trainer: Any = None) -> dict[str, int]:
@@ -18,7 +20,7 @@ def patched(network: Any, trainer: Any = None) -> dict[str, int]:
     code runs."""
     found: Counter[str] = Counter()
     for module in network.modules():
-        if _is_compiled(module):
+        if module._compiled_call_impl is not None:
             found[f"{type(module).__name__}: torch.compile"] += 1
         forward = getattr(module.forward, "__func__", module.forward)
         for owner in (forward, type(module)):
@@ -59,7 +61,7 @@ def uncompiled(network: Any) -> Iterator[None]:
     where it is asked to; anew for what differs from before: a cache, a mask of another kind, one row more. In training
     that settles after a few steps. Answers differ from each other in all of it, and an evaluation that takes seconds
     waited for the compiler for more than a minute."""
-    if "unsloth" not in loaded_patchers() and not any(map(_is_compiled, network.modules())):
+    if "unsloth" not in loaded_patchers() and not getattr(network, LAYERS_COMPILED, False):
         # Nothing is compiled, and asking would load the compiler.
         yield
         return
@@ -81,10 +83,6 @@ def uncompiled(network: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _is_compiled(module: Any) -> bool:
-    return module._compiled_call_impl is not None
 
 
 def _foreign(value: Any) -> bool:

@@ -83,6 +83,25 @@ def test_dropout_is_the_recipe_s_own_or_none() -> None:
         assert flags[flags.index("--lora-dropout") + 1] == expected
 
 
+def test_ours_compiled_is_nobody_else_and_has_ratios_of_its_own() -> None:
+    from bench import train
+
+    flags = {arm: train.case(train.Train(), "llama_1b_civil", arm, 0).flags for arm in ("ours", "ours-compiled")}
+    assert {"--compile"} == set(flags["ours-compiled"]) - set(flags["ours"])
+    rows = [row(arm, 0, rate, [2.0, 1.0]) for arm, rate in (("ours", 300.0), ("trl", 100.0))]
+    rows.append(row("ours-compiled", 0, 400.0, [2.0, 1.0], compiled={"seconds": 30.0}))
+    found = train.compared(rows, ("trl", "ours-compiled"), 0)
+    assert (found["best_other"], found["ratio_to_trl"]) == ("trl", pytest.approx(3))
+    compiled = found["arms"]["ours-compiled"]
+    assert {arm: ratio["value"] for arm, ratio in compiled["this_to"].items()} == pytest.approx(
+        {"ours": 4 / 3, "trl": 4}
+    )
+    assert compiled["compiled"] == [{"seconds": 30.0}]
+    assert "ours-compiled to trl: x 4.00" in train.table(found)
+    failed = {"arm": "ours-compiled", "repeat": 0, "status": "failed", "reason": "no compiler"}
+    assert "this_to" not in train.compared([*rows[:2], failed], ("trl", "ours-compiled"), 0)["arms"]["ours-compiled"]
+
+
 def test_a_step_s_rows_may_be_named() -> None:
     from bench import train
 

@@ -100,6 +100,14 @@ def test_what_is_not_worth_it_stays_padded(why: str, rows: Any) -> None:
     assert folded(padded) is padded, why
 
 
+def test_where_layers_are_compiled_a_batch_is_folded_whatever_that_saves() -> None:
+    from recipes.stages.batches import Batches
+
+    items = [{"input_ids": ids, "labels": [-100] * 30 + ids[30:]} for ids in ([1, *range(20, 50)], [1, *range(60, 90)])]
+    assert "fold" not in Batches(0, fold=True)(items)
+    assert Batches(0, fold=True, always=True)(items)["fold"].shared == 1
+
+
 def test_a_rounded_row_has_tokens_that_belong_to_nobody() -> None:
     from recipes.stages.batches import supervised
     from recipes.stages.folding import _Gather, _Spread, by_example, folded

@@ -42,6 +42,11 @@ class Chosen:
     """Folder or hub id that from_pretrained can load."""
 
     @property
+    def large(self) -> bool:
+        """More than small products with much beside them: a processor's fastest products tell."""
+        return self.size != "tiny"
+
+    @property
     def description(self) -> str:
         if self.weights == "pretrained":
             return f"{self.name}, its published weights"

@@ -116,7 +116,7 @@ class Batches:
         """Put each batch into one row."""
         self.few_lengths = few_lengths
         self.least_saved = -math.inf if always else LEAST_SAVED
-        """Where it spares so much."""
+        """Share of its tokens that this spares at least."""
         self.padded_tokens = self.computed_tokens = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

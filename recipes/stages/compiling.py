@@ -15,8 +15,9 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import TrainerCallback
 
 from fallback import compiled
+from recipes.stages.callbacks import Safekeeping
 from recipes.stages.console import duration
-from recipes.stages.recipe import UserError
+from recipes.stages.recipe import Interrupted, UserError
 
 if TYPE_CHECKING:
     from recipes.stages.trainer import RecipeTrainer
@@ -27,16 +28,17 @@ _MOST_SECONDS = 30.0
 
 
 class Compiling(TrainerCallback):
-    def __init__(self, tell: Callable[[str], None]):
-        self.tell = tell
+    def __init__(self, tell: Callable[[str], None], safe: Safekeeping):
+        self.tell, self.safe = tell, safe
         self.trainer: RecipeTrainer | None = None
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """By the rows of the first step of all, in a training that goes on too: what is compiled for any length may be
         chosen by those that it is compiled for."""
         trainer = self.trainer
         assert trainer is not None
+        began = time.perf_counter()
         # The trainer's own counts what it puts together, and tells who looks on.
         collate = copy.copy(trainer.data_collator)
         collate.watch = None
@@ -44,9 +46,9 @@ class Compiling(TrainerCallback):
 
         def step(stance: Literal["default", "force_eager"]) -> float:
             with torch.compiler.set_stance(stance):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 trainer.rehearse(parts)
-                return time.perf_counter() - began
+                return time.perf_counter() - start
 
         trainer.rehearse(parts)
         self.tell("compiling the layers …")
@@ -54,21 +56,28 @@ class Compiling(TrainerCallback):
         try:
             first = step("default")
         except TorchDynamoException as error:
+            if self.safe.asked is not None:
+                # A Ctrl-C in a terminal reaches the C++ compiler too.
+                raise Interrupted("stopped before the first step", 128 + self.safe.asked) from error
             traceback.print_exception(error)
-            # Its last lines are advice on how to debug it.
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: the compiler failed ({reason}); leave it away") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--compile: the compiler failed ({reason}); what it said is in "
+                f"{trainer.run.logs / 'libraries.log'}; train with --no-compile"
+            ) from error
         turns = [(step("force_eager"), step("default"))]
-        while len(turns) < _TURNS and sum(map(sum, turns)) < _MOST_SECONDS:
+        while len(turns) < _TURNS and sum(map(sum, turns)) < _MOST_SECONDS and self.safe.asked is None:
             turns.append((step("force_eager"), step("default")))
         written, now = (median(times) for times in zip(*turns, strict=True))
-        self.tell(told(first - now, written, now, state.max_steps - state.global_step))
+        self.tell(told(time.perf_counter() - began, written, now, state.max_steps - state.global_step))
         self.found = {"seconds": first - now, "step_seconds": now, "step_seconds_as_written": written}
 
 
 def told(cost: float, written: float, now: float, steps: int) -> str:
     """Whether it pays in so many steps."""
-    told = f"compiled in {duration(cost)}; a step takes {now:.3f} s so, and {written:.3f} s as it is written"
+    told = (
+        f"compiled and tried out in {duration(cost)}; a step takes {now:.3f} s so, and {written:.3f} s as it is written"
+    )
     if written <= now:
         return f"{told}: nothing is gained by --compile here"
     needed = cost / (written - now)

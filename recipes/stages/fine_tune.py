@@ -68,7 +68,8 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
     if args.resume and args.source is not None:
         raise UserError("--resume: the data are those of the run; leave --source away")
     if settings.compile:
-        if obstacle := compiled.obstacle(choice):
+        together = "nobody has tried it with several processes" * (processes.launched() or processes.sharded())
+        if obstacle := together or compiled.obstacle(choice):
             raise UserError(f"--compile: {obstacle}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.CACHE))
     choice.module()
@@ -126,7 +127,7 @@ def in_bfloat16(chosen: Chosen, begun: resume.Begun | None) -> bool:
     DeepSpeed and FSDP were tried in float32."""
     if begun is not None:
         return begun.choice["dtype"] == "bfloat16"
-    return chosen.size != "tiny" and not processes.sharded()
+    return chosen.large and not processes.sharded()
 
 
 def tried_out(chosen: Chosen, gpu: Gpu | None) -> dict[str, str]:

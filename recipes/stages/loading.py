@@ -152,7 +152,7 @@ def open_run(recipe: Recipe, path: Path | None, wanted: Backend = "auto") -> tup
     attention: Attention = "auto" if recipe.closed else settings.attention
     backend = trained_with if wanted == "auto" else wanted
     # On CPUs answers are rounded as the training was, or less: a confidence was fitted to what came out then.
-    large = chosen.size != "tiny" and rounded == "bfloat16"
+    large = chosen.large and rounded == "bfloat16"
     try:
         choice = choose(kind, backend, settings.quantization, attention=attention, dtype=settings.dtype, large=large)
     except CannotRun:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -52,7 +52,9 @@ class Begun:
 
     def changes(self, config: dict[str, Any], choice: Choice) -> list[str]:
         """What is not as it was, a line each."""
-        before, now = _flat(self.config, self.choice), _flat(config, choice.as_json())
+        # What a setting of today did before there was a word for it, it does by default.
+        whole = {**self.config, "settings": asdict(self.settings)}
+        before, now = _flat(whole, self.choice), _flat(config, choice.as_json())
         if self.processes != config["processes"]:
             # A batch of 8 in one process and of 4 in each of two are the same step.
             for flat, processes in ((before, self.processes), (now, config["processes"])):

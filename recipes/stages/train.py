@@ -211,7 +211,7 @@ def train(
             if here == min(_FIRST_STEPS, total - start):
                 bar.console.print(
                     f"by the first {here} steps, training will take about {duration(now - loaded + left)}"
-                    + ("" if settings.compile else compiled.advice(choice, left))
+                    + ("" if settings.compile or team.size > 1 else compiled.advice(choice, left))
                 )
             bar.update(task, completed=step["step"], total=total)
             if step["step"] % settings.log_every == 0 or step["step"] in (start + 1, total):
@@ -238,9 +238,9 @@ def train(
         )
         stop = StopEarly(early, settings.log_every) if early else None
         watched = Watched(watch) if watch else None
-        compiling = Compiling(bar.console.print) if settings.compile else None
         # Whoever looks on measures steps, and no checkpoints. The last callback has the last word on saving.
         safe = Safekeeping(math.inf if watch else settings.checkpoint_minutes, _bad_steps(choice))
+        compiling = Compiling(bar.console.print, safe) if settings.compile else None
         batches = Batches(
             model.tokenizer.pad_token_id,
             model.network.config.model_type == "gemma3",
