@@ -235,9 +235,9 @@ def compiled() -> str:
     for name, arm in arms.items():
         once, *again = (told["seconds"] for told in arm["compiled"])
         ratios = [report.short(arm["this_to"][other]) if other in arm["this_to"] else "" for other in others]
-        memory = f"x {1 / arm['memory_of_ours_to_this']['value']:.2f}"
+        memory = f"x {1 / arm['memory_of_ours_to_this']['value']:.2f}" if "memory_of_ours_to_this" in arm else ""
         lines.append([name, *ratios, memory, f"{once:.0f} s", f"{median(again):.0f} s" if again else ""])
-    header = ["recipe", *(f"to {arm}" for arm in others), "memory, to ours", "compiled the first time", "later"]
+    header = ["recipe", *(f"to {arm}" for arm in others), "memory, to ours", "compiled in", "later in"]
     return report.markdown(header, lines)
 
 

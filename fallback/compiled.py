@@ -6,19 +6,22 @@ LoRA and transformers' own norms (`passes` steps aside): the compiler sees throu
 for ours.
 """
 
+import hashlib
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
-from fallback import components
+from fallback import components, cpu
 from fallback.choose import Choice
 from fallback.patched import LAYERS_COMPILED
 
 CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
-"""The compiler's own, which it would keep where a restart of the machine clears up. It looks up the place early."""
+"""The compiler's own, which it would keep where a restart of the machine clears up."""
 
 _LONG = 1800.0
-"""Seconds from which a training is told of it: small models got through a step in 0.87 to 0.94 of the time, for half a
-minute to one and a half."""
+"""Seconds from which a training is told of it: small models got through a step in 0.91 to 0.96 of the time, for half a
+minute to a minute (results/train_bfloat16.json)."""
 
 
 def obstacle(choice: Choice) -> str | None:
@@ -29,11 +32,21 @@ def obstacle(choice: Choice) -> str | None:
     return components.torch_compile(None).obstacle
 
 
+def get_ready() -> None:
+    """Before torch is imported, which looks this up early. It finds what it kept by everything but the processor, for
+    whose vectors it was written: a folder that several machines share, or one that moved, has a part for each."""
+    made_for = " ".join([platform.machine(), *cpu.instructions(), os.environ.get("ATEN_CPU_CAPABILITY", "")])
+    part = hashlib.sha256(made_for.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / part))
+    # By itself it would look for g++ alone.
+    os.environ.setdefault("CXX", components.cxx() or "g++")
+
+
 def advice(choice: Choice, seconds: float) -> str:
     """For a training of so many seconds that does without."""
     if seconds < _LONG or obstacle(choice):
         return ""
-    return "; --compile makes steps shorter, for a minute or so at the beginning, and says by how much"
+    return "; --compile makes steps shorter, for a minute or less at the beginning, and says by how much"
 
 
 def decoder_layers(network: Any) -> list[Any]:

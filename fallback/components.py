@@ -234,10 +234,16 @@ def torch_compile(gpu: Gpu | None) -> Component:
     if gpu is not None:
         found = triton(gpu)
         return Component(True, "through Triton") if found.usable else found
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = cxx()
     if compiler is None:
         return Component(False, "on a CPU it needs a C++ compiler", "apt-get install g++")
     return Component(True, f"on the CPU, through {compiler}")
+
+
+def cxx() -> str | None:
+    """A C++ compiler: the one that CXX names, which torch asks for too, else any."""
+    named = os.environ.get("CXX", "").split()[:1]
+    return next(filter(None, map(shutil.which, named or ("g++", "c++", "clang++"))), None)
 
 
 def bf16(gpu: Gpu | None) -> Component:

@@ -13,12 +13,17 @@ _BFLOAT16 = ("amx_bf16", "avx512_bf16")
 def bfloat16() -> str | None:
     """The instructions with which it multiplies bfloat16; None where torch would do so in plain loops, and where nobody
     measured it: not x86, not Linux."""
+    has = instructions()
+    return next((name for name in _BFLOAT16 if name in has), None)
+
+
+def instructions() -> list[str]:
+    """By Linux's names; nothing where it is not Linux."""
     with suppress(OSError):
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
-                has = line.split()
-                return next((name for name in _BFLOAT16 if name in has), None)
-    return None
+                return line.split()[2:]
+    return []
 
 
 def rounded(rows: int) -> int:

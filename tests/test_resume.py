@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, recipe
 
+from fallback.choose import Choice
 from recipes.stages import checkpoint, crash, resume
 from recipes.stages import run as runs
 from recipes.stages.fine_tune import backends_that_died, offer_to_resume
@@ -200,6 +201,22 @@ def test_a_changed_training_is_refused_and_says_what_changed(
     assert len(learned(run)) == reached + 2
     assert any("max_steps: 400" in change for change in read_json(run / "training_config.json")["changes"])
     assert "came to its end" in command(*again).stderr
+
+
+def test_a_setting_that_was_not_there_yet_is_what_it_is_by_default(
+    stopped: tuple[Path, int, str], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(stopped[0] / "run", run.path)
+    now = read_json(run.config)
+    older = read_json(run.config)
+    del older["settings"]["compile"]
+    write_json(run.config, older)
+    begun = resume.begun(recipe("llama_1b_civil"), run.path)
+    choice = Choice(**begun.choice)
+    assert begun.changes(now, choice) == []
+    now["settings"]["compile"] = True
+    assert begun.changes(now, choice) == ["compile: False -> True"]
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(

@@ -6,18 +6,22 @@ Like trainer.py, to be imported only after a backend has loaded its libraries.
 import copy
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from transformers import TrainerCallback
 
 from fallback import compiled
 from recipes.stages.callbacks import Safekeeping
 from recipes.stages.console import duration
 from recipes.stages.recipe import Interrupted, UserError
+from recipes.stages.run import Run
 
 if TYPE_CHECKING:
     from recipes.stages.trainer import RecipeTrainer
@@ -52,25 +56,35 @@ class Compiling(TrainerCallback):
 
         trainer.rehearse(parts)
         self.tell("compiling the layers …")
+        # It tries what the processor can by compiling it, and takes a compiler that was stopped for a no.
+        pick_vec_isa()
+        if self.safe.asked is not None:
+            raise Interrupted(f"stopped before step {state.global_step + 1}", 128 + self.safe.asked)
         compiled.teach(trainer.model)
-        try:
-            first = step("default")
-        except TorchDynamoException as error:
-            if self.safe.asked is not None:
-                # A Ctrl-C in a terminal reaches the C++ compiler too.
-                raise Interrupted("stopped before the first step", 128 + self.safe.asked) from error
-            traceback.print_exception(error)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"--compile: the compiler failed ({reason}); what it said is in "
-                f"{trainer.run.logs / 'libraries.log'}; train with --no-compile"
-            ) from error
+        first = step("default")
         turns = [(step("force_eager"), step("default"))]
         while len(turns) < _TURNS and sum(map(sum, turns)) < _MOST_SECONDS and self.safe.asked is None:
             turns.append((step("force_eager"), step("default")))
         written, now = (median(times) for times in zip(*turns, strict=True))
         self.tell(told(time.perf_counter() - began, written, now, state.max_steps - state.global_step))
         self.found = {"seconds": first - now, "step_seconds": now, "step_seconds_as_written": written}
+
+
+@contextmanager
+def failures_told(run: Run, safe: Safekeeping) -> Iterator[None]:
+    """Around a whole training: what is like nothing before is compiled when it comes."""
+    try:
+        yield
+    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        if safe.asked is not None:
+            # A Ctrl-C in a terminal reaches the C++ compiler too.
+            raise Interrupted("stopped while layers were compiled; train --resume goes on", 128 + safe.asked) from error
+        traceback.print_exception(error)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--compile: the compiler failed ({reason}); what it said is in {run.logs / 'libraries.log'}; train with "
+            "--no-compile"
+        ) from error
 
 
 def told(cost: float, written: float, now: float, steps: int) -> str:

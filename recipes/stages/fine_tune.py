@@ -71,7 +71,7 @@ def fine_tune(recipe: Recipe, args: Any, watch: Any = None) -> tuple[Run, Chosen
         together = "nobody has tried it with several processes" * (processes.launched() or processes.sharded())
         if obstacle := together or compiled.obstacle(choice):
             raise UserError(f"--compile: {obstacle}")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.CACHE))
+        compiled.get_ready()
     choice.module()
     processes.join(choice.device)
     agreed(choice)

@@ -86,10 +86,10 @@ class Settings:
     improvement of the loss. Checks are every --log-every steps, or every evaluation."""
     fold: bool = True
     """Put each batch into one row, without padding and with what all its prompts begin with once, where attention can
-    be told and enough is saved, or --compile is given."""
+    be told and enough is saved (with --compile: anything)."""
     compile: bool = False
-    """Compile the decoder layers before the first step, for plain PEFT on a CPU: a minute or so, after which steps are
-    a little shorter. It says by how much, and whether this training is long enough."""
+    """Compile the decoder layers before the first step, for plain PEFT on a CPU: a minute or less, after which steps
+    are a little shorter. It says by how much, and whether this training is long enough."""
     seed: int = 42
     """Seeds the split, the LoRA start, the order of batches and dropout."""
     log_every: int = 10

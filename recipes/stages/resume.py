@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +17,8 @@ from recipes.stages.run import NOT_OURS, BrokenFile, Run, read_json
 
 # What may change without changing what is learned.
 _HARMLESS = ("checkpoint_minutes",)
+# What older runs have no word for, as it was for them.
+_YOUNGER = {"compile": False}
 DECISIONS = ("backend", "device", "dtype", "attention", "quantization", "optimizer", "triton")
 
 
@@ -52,8 +54,7 @@ class Begun:
 
     def changes(self, config: dict[str, Any], choice: Choice) -> list[str]:
         """What is not as it was, a line each."""
-        # What a setting of today did before there was a word for it, it does by default.
-        whole = {**self.config, "settings": asdict(self.settings)}
+        whole = {**self.config, "settings": {**_YOUNGER, **self.config["settings"]}}
         before, now = _flat(whole, self.choice), _flat(config, choice.as_json())
         if self.processes != config["processes"]:
             # A batch of 8 in one process and of 4 in each of two are the same step.

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -124,7 +124,6 @@ def train(
     from recipes.stages import folding
     from recipes.stages.batches import Batches, Drawn, Steps, dataset
     from recipes.stages.callbacks import Safekeeping, StepRecord, StopEarly, Validations, Watched
-    from recipes.stages.compiling import Compiling
     from recipes.stages.losses import Objective, draws
     from recipes.stages.tokens import tokens_of
     from recipes.stages.trainer import RecipeTrainer
@@ -240,7 +239,12 @@ def train(
         watched = Watched(watch) if watch else None
         # Whoever looks on measures steps, and no checkpoints. The last callback has the last word on saving.
         safe = Safekeeping(math.inf if watch else settings.checkpoint_minutes, _bad_steps(choice))
-        compiling = Compiling(bar.console.print, safe) if settings.compile else None
+        compiling = None
+        if settings.compile:
+            # Not before it is asked for: it loads the compiler.
+            from recipes.stages.compiling import Compiling, failures_told
+
+            compiling = Compiling(bar.console.print, safe)
         batches = Batches(
             model.tokenizer.pad_token_id,
             model.network.config.model_type == "gemma3",
@@ -276,7 +280,7 @@ def train(
             if one:
                 one.trainer = trainer
         loaded = time.perf_counter()
-        with safe.listening(), closing_logs(trainer):
+        with failures_told(run, safe) if compiling else nullcontext(), safe.listening(), closing_logs(trainer):
             trainer.train(str(resume) if resume else None)
         trained = time.perf_counter()
         if safe.diverged:
