@@ -41,9 +41,10 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("name", "more", "apart"),
     [
         ("gemma3_12b_opercode", ("--eval-rows", "12"), 1e-3),
-        ("gemma2_2b_ohlora", (), 1e-3),
+        # With NEFTune, whose noise must be what it is without.
+        ("llama_1b_civil", (), 1e-3),
         ("polyglot_1_3b_ohlora", (), 1e-3),
-        ("llama_1b_civil", ("--dtype", "bfloat16", "--checkpointing"), 3e-2),
+        ("gemma2_2b_ohlora", ("--dtype", "bfloat16", "--checkpointing"), 3e-2),
     ],
 )
 def test_it_is_the_same_training(
