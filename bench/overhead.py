@@ -84,7 +84,7 @@ class Beside(TrainingMeter):
         import torch
 
         from recipes.stages.batches import supervised
-        from recipes.stages.folding import folded, understood
+        from recipes.stages.folding import understood
 
         trainer, args = self.trainer, self.trainer.args
         parts = self.parts[len(self.bare)]
@@ -94,9 +94,7 @@ class Beside(TrainingMeter):
             masses = [trainer.objective.mass(supervised(batch), batch["class"]) for batch in batches]
             count = torch.stack(masses).sum()
         for batch in batches:
-            collator = trainer.data_collator
-            laid_out = folded(batch, collator.few_lengths) if collator.fold else batch
-            ready = trainer._prepare_inputs(laid_out)
+            ready = trainer._prepare_inputs(trainer.data_collator.laid_out(batch))
             with understood(trainer.model, ready) as ready:
                 trainer.compute_loss(trainer.model, ready, num_items_in_batch=count).backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], args.max_grad_norm)

@@ -62,7 +62,7 @@ def teach(network: Any) -> None:
     of them, once more where there is nothing below to hand gradients to, and where a window is longer than a batch."""
     import torch
 
-    # That is six, and may be more; beyond it layers would run as they are written, without a word.
+    # Beyond the limit, eight by itself, layers would run as they are written, without a word.
     torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
     setattr(network, LAYERS_COMPILED, True)
     for layer in decoder_layers(network)[:-1]:

@@ -12,7 +12,7 @@ _OWN = ("fallback.passes", "fallback.attention")
 ATTEND = "attend_by"
 """What a module calls the attention that fallback.attention taught it."""
 LAYERS_COMPILED = "layers_are_compiled"
-"""What a network calls it: to look at all its layers takes longer than a pass over one token should."""
+"""Says of a network that they are: to look at all of them takes longer than a pass over one token should."""
 
 
 def patched(network: Any, trainer: Any = None) -> dict[str, int]:

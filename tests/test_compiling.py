@@ -148,8 +148,10 @@ def test_every_kind_of_processor_has_a_folder_of_its_own(monkeypatch: pytest.Mon
     for flags in ("avx2", "avx2 avx512f"):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
         monkeypatch.setattr("fallback.cpu.CPUINFO", tmp_path / "cpuinfo")
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        monkeypatch.delenv("CXX", raising=False)
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "CXX"):
+            # Set first, or what get_ready sets would stay.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         compiled.get_ready()
         folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folders[0] != folders[1]

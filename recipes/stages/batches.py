@@ -138,10 +138,13 @@ class Batches:
             batch["class"] = torch.tensor([example["class"] for example in examples])
         if self.watch:
             self.watch.batch(batch)
-        laid_out = folded(batch, self.few_lengths, self.least_saved) if self.fold else batch
+        laid_out = self.laid_out(batch)
         self.padded_tokens += batch["input_ids"].numel()
         self.computed_tokens += laid_out["input_ids"].numel()
         return laid_out
+
+    def laid_out(self, padded: dict[str, Any]) -> dict[str, Any]:
+        return folded(padded, self.few_lengths, self.least_saved) if self.fold else padded
 
 
 def supervised(batch: dict[str, torch.Tensor]) -> torch.Tensor:

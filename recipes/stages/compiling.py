@@ -32,8 +32,8 @@ _MOST_SECONDS = 30.0
 
 
 class Compiling(TrainerCallback):
-    def __init__(self, tell: Callable[[str], None], safe: Safekeeping):
-        self.tell, self.safe = tell, safe
+    def __init__(self, tell: Callable[[str], None], safe: Safekeeping, go_on: str):
+        self.tell, self.safe, self.go_on = tell, safe, go_on
         self.trainer: RecipeTrainer | None = None
         self.found: dict[str, float] = {}
 
@@ -59,7 +59,8 @@ class Compiling(TrainerCallback):
         # It tries what the processor can by compiling it, and takes a compiler that was stopped for a no.
         pick_vec_isa()
         if self.safe.asked is not None:
-            raise Interrupted(f"stopped before step {state.global_step + 1}", 128 + self.safe.asked)
+            stopped = f"stopped before step {state.global_step + 1}; go on with {self.go_on}"
+            raise Interrupted(stopped, 128 + self.safe.asked)
         compiled.teach(trainer.model)
         first = step("default")
         turns = [(step("force_eager"), step("default"))]
@@ -71,14 +72,15 @@ class Compiling(TrainerCallback):
 
 
 @contextmanager
-def failures_told(run: Run, safe: Safekeeping) -> Iterator[None]:
+def failures_told(run: Run, safe: Safekeeping, go_on: str) -> Iterator[None]:
     """Around a whole training: what is like nothing before is compiled when it comes."""
     try:
         yield
     except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
         if safe.asked is not None:
             # A Ctrl-C in a terminal reaches the C++ compiler too.
-            raise Interrupted("stopped while layers were compiled; train --resume goes on", 128 + safe.asked) from error
+            stopped = f"stopped while layers were compiled; go on with {go_on}"
+            raise Interrupted(stopped, 128 + safe.asked) from error
         traceback.print_exception(error)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -89,13 +91,13 @@ def failures_told(run: Run, safe: Safekeeping) -> Iterator[None]:
 
 def told(cost: float, written: float, now: float, steps: int) -> str:
     """Whether it pays in so many steps."""
-    told = (
+    made = (
         f"compiled and tried out in {duration(cost)}; a step takes {now:.3f} s so, and {written:.3f} s as it is written"
     )
     if written <= now:
-        return f"{told}: nothing is gained by --compile here"
+        return f"{made}: nothing is gained by --compile here"
     needed = cost / (written - now)
     if needed > steps:
-        return f"{told}: that would be paid back after {needed:,.0f} steps, and there are {steps:,}"
+        return f"{made}: that would be paid back after {needed:,.0f} steps, and there are {steps:,}"
     saved = duration((steps - needed) * (written - now))
-    return f"{told}: paid back after {needed:,.0f} of {steps:,} steps, and {saved} saved in all"
+    return f"{made}: paid back after {needed:,.0f} of {steps:,} steps, and {saved} saved in all"

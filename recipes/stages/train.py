@@ -244,7 +244,7 @@ def train(
             # Not before it is asked for: it loads the compiler.
             from recipes.stages.compiling import Compiling, failures_told
 
-            compiling = Compiling(bar.console.print, safe)
+            compiling = Compiling(bar.console.print, safe, going_on(recipe, run))
         batches = Batches(
             model.tokenizer.pad_token_id,
             model.network.config.model_type == "gemma3",
@@ -280,7 +280,8 @@ def train(
             if one:
                 one.trainer = trainer
         loaded = time.perf_counter()
-        with failures_told(run, safe) if compiling else nullcontext(), safe.listening(), closing_logs(trainer):
+        told = failures_told(run, safe, going_on(recipe, run)) if compiling else nullcontext()
+        with told, safe.listening(), closing_logs(trainer):
             trainer.train(str(resume) if resume else None)
         trained = time.perf_counter()
         if safe.diverged:
